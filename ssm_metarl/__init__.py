@@ -1,0 +1,2 @@
+"Meta-reinforcement learning with state space models: a course that is a library."
+__version__ = "0.0.1"

@@ -1,0 +1,235 @@
+"Properties of `policy` and `rollout` that hold for any shape, mask and number."
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import distributions
+
+from ssm_metarl.envs import EnvConfig, sample_tasks
+from ssm_metarl.policy import PolicyConfig, SSMMetaPolicy, action_log_prob, choose_action, entropy, kl_divergence
+from ssm_metarl.rollout import (SURROGATES, Rollout, Trajectories, advantages, collect, discounted_sum, gae, linear_baseline, masked_mean, normalise,
+                                policy_inputs, policy_surrogate, value_loss)
+
+torch.set_num_threads(1)
+settings.register_profile('short', max_examples=15, deadline=None, derandomize=True)
+settings.load_profile('short')
+
+size, seeds = st.integers(1, 4), st.integers(0, 2**20)
+spaces_of = {'box': spaces.Box(-.1, .1, (2,), np.float32), 'discrete': spaces.Discrete(3)}
+kinds = st.sampled_from(sorted(spaces_of))
+
+
+def normal(seed, *shape): return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape))
+
+
+def make_policy(kind, seed=0, **kw):
+    return SSMMetaPolicy(spaces.Box(-np.inf, np.inf, (2,), np.float32), spaces_of[kind], PolicyConfig(8, 4, **kw), seed)
+
+
+def stacked(policy, M, seed):
+    return {k: v + .1 * normal([seed, i], M, *v.shape).to(v.dtype) for i, (k, v) in enumerate(policy.get_params().items())}
+
+
+def lengths_mask(lengths, T): return torch.arange(T) < lengths.unsqueeze(-1)
+
+
+@st.composite
+def experience(draw):
+    "Trajectories of random lengths, numbers and shapes, float64."
+    M, K, T, seed = draw(size), draw(size), draw(st.integers(1, 6)), draw(seeds)
+    mask = lengths_mask(torch.from_numpy(np.random.default_rng(seed).integers(1, T + 1, (M, K))), T)
+    end = mask & ~torch.cat([mask[..., 1:], torch.zeros_like(mask[..., :1])], -1)
+    first = torch.zeros_like(mask)
+    first[..., 0] = True
+    return Trajectories(normal([seed, 1], M, K, T, 2), normal([seed, 2], M, K, T, 2), normal([seed, 3], M, K, T), end, torch.zeros_like(end), mask,
+                        first, first, normal([seed, 4], M, K, T), normal([seed, 5], M, K, T))
+
+
+def overwrite(traj, filling):
+    "Other numbers wherever the mask is off."
+    def change(x): return x.masked_fill(~traj.mask.view(*traj.mask.shape, *[1] * (x.dim() - 3)), filling) if x.is_floating_point() else x
+    return Trajectories(**{f.name: change(getattr(traj, f.name)) for f in fields(traj)})
+
+
+def losses(traj, logp):
+    "All losses of a batch, and their gradient by the log-probabilities."
+    logp = logp.clone().requires_grad_()
+    returns = discounted_sum(traj.reward.masked_fill(~traj.mask, 0), .9)
+    total = [policy_surrogate(logp, traj.logp, advantages(traj, .9, .95), traj.mask, kind) for kind in SURROGATES]
+    total += [policy_surrogate(logp, traj.logp, advantages(traj), traj.mask, clip=.2), value_loss(logp, returns, traj.mask)]
+    return torch.stack(total).detach(), torch.autograd.grad(sum(total).sum(), logp)[0]
+
+
+@given(kinds, size, size, size, seeds)
+def test_stacked_parameters_equal_a_loop_over_tasks(kind, M, K, T, seed):
+    policy = make_policy(kind).double()
+    params, obs = stacked(policy, M, seed), normal(seed, M, K, T, 2)
+    together = policy.functional(params, obs)
+    for m in range(M):
+        for k, v in policy.functional({n: p[m] for n, p in params.items()}, obs[m]).items(): torch.testing.assert_close(together[k][m], v, rtol=0, atol=1e-10)
+
+
+@given(kinds, st.integers(2, 7), st.data(), seeds)
+def test_resets_and_carried_state_cut_a_sequence_anywhere(kind, T, data, seed):
+    policy = make_policy(kind).double()
+    params, obs = stacked(policy, 2, seed), normal(seed, 2, 3, T, 2)
+    reset = torch.from_numpy(np.random.default_rng(seed).random((2, 3, T)) < .3)
+    whole, step, state = policy.functional(params, obs, reset=reset), policy.stepper(params), policy.initial_state(2, 3)
+    for t in range(T):
+        out, state = step(obs[:, :, t], state.masked_fill(reset[:, :, t, None], 0))
+        torch.testing.assert_close(out['features'], whole['features'][:, :, t], rtol=0, atol=1e-10)
+    cut = data.draw(st.integers(1, T - 1))
+    first = policy.functional(params, obs[:, :, :cut], reset=reset[:, :, :cut])
+    second = policy.functional(params, obs[:, :, cut:], first['state'], reset[:, :, cut:])
+    torch.testing.assert_close(second['features'], whole['features'][:, :, cut:], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize('kind', sorted(spaces_of))
+def test_twice_differentiable(kind):
+    policy = make_policy(kind).double()
+    obs, action = normal(0, 2, 5, 2), torch.zeros(2, 5) if kind == 'discrete' else normal(1, 2, 5, 2)
+    names = ['encoder.weight', 'core.log_decay', 'norm.weight', 'action.bias']
+    values = [policy.get_params()[n].requires_grad_() for n in names]
+    def loss(*values): return action_log_prob(policy.functional(policy.get_params() | dict(zip(names, values)), obs), action).mean()
+    torch.autograd.gradgradcheck(loss, values)
+
+
+@given(kinds, st.floats(.01, 30), seeds)
+def test_distributions(kind, scale, seed):
+    out = lambda i: ({'logits': scale * normal([seed, i], 4, 3)} if kind == 'discrete'
+                     else {'mean': scale * normal([seed, i], 4, 2), 'log_std': normal([seed, i, 1], 4, 2)})
+    def reference(o): return (distributions.Categorical(logits=o['logits']) if kind == 'discrete'
+                              else distributions.Independent(distributions.Normal(o['mean'], o['log_std'].exp()), 1))
+    p, q = out(0), out(1)
+    noise = torch.from_numpy(np.random.default_rng(seed).gumbel(size=(4, 3))) if kind == 'discrete' else normal(seed, 4, 2)
+    action = choose_action(p, noise)
+    torch.testing.assert_close(action_log_prob(p, action), reference(p).log_prob(action))
+    torch.testing.assert_close(entropy(p), reference(p).entropy())
+    torch.testing.assert_close(kl_divergence(p, q), distributions.kl_divergence(reference(p), reference(q)))
+    assert (kl_divergence(p, q) >= -1e-12).all()
+
+
+def test_extreme_outputs_stay_finite():
+    logits = torch.tensor([[1e4, 0., -1e4]], requires_grad=True)
+    p, q = {'logits': logits}, {'mean': torch.zeros(1, 2), 'log_std': torch.full((1, 2), -60.)}
+    total = action_log_prob(p, torch.tensor([2])) + entropy(p) + kl_divergence(p, {'logits': torch.zeros(1, 3)})
+    assert torch.isfinite(total).all() and torch.isfinite(torch.autograd.grad(total.sum(), logits)[0]).all()
+    assert torch.isfinite(kl_divergence(q, {'mean': torch.zeros(1, 2), 'log_std': torch.zeros(1, 2)})).all()
+
+
+@given(experience(), st.sampled_from([torch.nan, torch.inf, -1e30, 7.]))
+def test_nothing_after_the_end_changes_a_loss_or_gradient(traj, filling):
+    logp = traj.logp + .1 * normal(0, *traj.logp.shape)
+    other = overwrite(traj, filling)
+    for a, b in zip(losses(traj, logp), losses(other, overwrite(replace(traj, logp=logp), filling).logp)): assert torch.equal(a, b)
+    assert torch.equal(traj.returns, other.returns) and torch.equal(linear_baseline(traj, traj.reward), linear_baseline(other, other.reward))
+
+
+@given(experience(), st.integers(1, 4))
+def test_longer_filling_changes_no_loss(traj, extra):
+    def longer(x): return torch.cat([x, x.new_zeros(*x.shape[:2], extra, *x.shape[3:])], 2)
+    more = Trajectories(**{f.name: longer(getattr(traj, f.name)) for f in fields(traj)})
+    A, B = normalise(traj.reward, traj.mask), normalise(more.reward, more.mask)
+    torch.testing.assert_close(longer(A), B)
+    torch.testing.assert_close(policy_surrogate(traj.logp, 0 * traj.logp, A, traj.mask), policy_surrogate(more.logp, 0 * more.logp, B, more.mask))
+    torch.testing.assert_close(value_loss(traj.value, traj.reward, traj.mask), value_loss(more.value, more.reward, more.mask))
+
+
+@given(experience())
+def test_tasks_do_not_touch_each_other(traj):
+    for m in range(len(traj.obs)):
+        alone = Trajectories(**{f.name: getattr(traj, f.name)[m:m + 1] for f in fields(traj)})
+        torch.testing.assert_close(advantages(alone), advantages(traj)[m:m + 1], rtol=1e-6, atol=1e-6)
+
+
+@given(experience(), st.floats(.1, 100), st.floats(-100, 100))
+def test_normalise_ignores_scale_and_offset(traj, scale, offset):
+    x, real = traj.reward, traj.mask
+    assume((real.sum((1, 2)) > 1).all())  # a single number has no spread
+    torch.testing.assert_close(normalise(scale * x + offset, real), normalise(x, real), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(masked_mean(normalise(x, real)**2, real), torch.ones(len(x), dtype=x.dtype))
+
+
+@given(st.integers(1, 12), st.floats(0, 1), st.floats(0, 1), seeds)
+def test_sums_follow_their_definitions(T, gamma, lam, seed):
+    r, v = normal([seed, 0], 2, T), normal([seed, 1], 2, T)
+    weight = lambda d: torch.tensor([[d**(k - t) if k >= t else 0. for k in range(T)] for t in range(T)], dtype=r.dtype)
+    torch.testing.assert_close(discounted_sum(r, gamma), r @ weight(gamma).T)
+    after = torch.cat([v[:, 1:], torch.zeros(2, 1, dtype=r.dtype)], 1)
+    torch.testing.assert_close(gae(r, v, gamma, lam), (r + gamma * after - v) @ weight(gamma * lam).T)
+    torch.testing.assert_close(gae(r, v, gamma, 1.), discounted_sum(r, gamma) - v)
+
+
+@given(experience(), st.floats(.05, .5))
+def test_surrogate_slopes_and_clipping(traj, clip):
+    logp = traj.logp.clone().requires_grad_()
+    slope = lambda kind, clip=None: torch.autograd.grad(policy_surrogate(logp, traj.logp, traj.reward, traj.mask, kind, clip).sum(), logp)[0]
+    torch.testing.assert_close(slope('ratio'), slope('logprob'))
+    torch.testing.assert_close(slope('ratio', clip), slope('ratio'))  # at the old policy nothing is clipped
+    moved = traj.logp + normal(1, *traj.logp.shape)
+    ratio, A = (moved - traj.logp).exp(), traj.reward
+    gain = torch.where(A > 0, ratio.clamp(max=1 + clip), ratio.clamp(min=1 - clip)) * A  # clipped only where the policy has already gained
+    torch.testing.assert_close(policy_surrogate(moved, traj.logp, A, traj.mask, clip=clip), -masked_mean(gain, traj.mask))
+
+
+@given(size, size, st.booleans(), st.integers(0, 5))
+def test_collect(M, K, use_history, start):
+    config = EnvConfig('MetaGymToy-v0', K, 6, seed=1)
+    random_state = torch.get_rng_state()
+    policy = make_policy('box', history=use_history)
+    params, tasks = stacked(policy, M, 0), sample_tasks(config, M)
+    traj = collect(policy, params, tasks, config, start=start)
+    assert torch.equal(random_state, torch.get_rng_state())
+    assert traj.memory_reset[..., 0].all() and not traj.memory_reset[..., 1:].any() and torch.equal(traj.memory_reset, traj.episode_start)
+    for f in fields(traj): assert getattr(traj, f.name).shape[:3] == (M, K, 6)
+    assert traj.mask[..., 0].all() and (traj.mask[..., :-1] >= traj.mask[..., 1:]).all()
+    assert ((traj.terminated | traj.truncated).sum(-1) == 1).all()
+    logp = action_log_prob(policy.functional(params, policy_inputs(policy, traj), reset=traj.memory_reset), traj.action)
+    torch.testing.assert_close(logp[traj.mask], traj.logp[traj.mask], rtol=0, atol=1e-5)
+    m = M - 1
+    alone = collect(policy, {k: v[m:] for k, v in params.items()}, tasks[m:], config, start=start + m)
+    fewer = collect(policy, params, tasks, replace(config, num_envs=1), start=start)
+    torch.testing.assert_close(alone.action, traj.action[m:], rtol=0, atol=1e-5)
+    torch.testing.assert_close(fewer.action, traj.action[:, :1], rtol=0, atol=1e-5)
+
+
+def test_an_episode_ends_once():
+    policy = make_policy('box')
+    still = {k: v * (not k.startswith('action.')) for k, v in policy.get_params().items()}  # mean action 0
+    tasks = [{'goal': np.zeros(2, np.float32)}, {'goal': np.full(2, .5, np.float32)}]  # at the goal from the start, and far from it
+    traj = collect(policy, still, tasks, EnvConfig('MetaGymToy-v0', 1, 3), deterministic=True)
+    assert traj.mask[:, 0].tolist() == [[True, False, False], [True, True, True]]
+    assert traj.terminated[:, 0].tolist() == [[True, False, False], [False] * 3] and traj.truncated[:, 0].tolist() == [[False] * 3, [False, False, True]]
+    assert traj.num_steps == 4 and traj.returns[0].item() == 0
+
+
+@pytest.mark.parametrize('kind', sorted(spaces_of))
+def test_the_value_does_not_shape_the_features(kind):
+    policy = make_policy(kind)
+    policy(torch.ones(2, 5, 2))['value'].sum().backward()
+    assert {k for k, v in policy.named_parameters() if v.grad is not None} == {'value.weight', 'value.bias'}
+
+
+@given(st.integers(1, 5))
+def test_a_pause_changes_nothing(cut):
+    config, policy = EnvConfig('MetaGymToy-v0', 3, 6, seed=2), make_policy('box', history=True)
+    tasks, params = sample_tasks(config, 2), policy.get_params()
+    rollout = Rollout(policy, tasks, config)
+    rollout.recompute_memory(params, rollout.run(params, cut))
+    torch.testing.assert_close(rollout.run(params, 6 - cut).action, collect(policy, params, tasks, config).action, rtol=0, atol=1e-5)
+
+
+def test_errors_say_what_to_do():
+    config, policy = EnvConfig('MetaGymToy-v0', 2, 4), make_policy('box')
+    tasks = sample_tasks(config, 3)
+    with pytest.raises(ValueError, match='parameters of 2 tasks for observations of 3'): collect(policy, stacked(policy, 2, 0), tasks, config)
+    with pytest.raises(ValueError, match='tasks is empty'): collect(policy, policy.get_params(), [], config)
+    with pytest.raises(ValueError, match='leaves'): Rollout(policy, tasks, config).run(policy.get_params(), 5)
+    with pytest.raises(ValueError, match='one step'): policy(torch.zeros(1, 2, 3, 2))
+    x = torch.zeros(1, 1, 1)
+    with pytest.raises(ValueError, match='not one of'): policy_surrogate(x, x, x, x.bool(), kind='dice')
+    with pytest.raises(ValueError, match='needs a ratio'): policy_surrogate(x, x, x, x.bool(), kind='logprob', clip=.2)

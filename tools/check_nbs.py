@@ -1,0 +1,69 @@
+"Rules for the notebooks that nbdev does not check. Run from the top of the repository; prints each breach, exits 1 if there is one."
+import ast
+import json
+import re
+import sys
+from pathlib import Path
+
+MAX_CELLS, MAX_BYTES = 90, 450_000
+NO_MODULE = {'index', '08a_results', '09_train_eval_adapt'}
+HAND_MADE = {'__init__.py', '__main__.py', '_modidx.py'}
+
+
+def source(cell): return ''.join(cell['source'])
+
+
+def exports(cell): return re.search(r'^#\|\s*exports?\b', source(cell), re.M) is not None
+
+
+def imports_mixed_with_code(cell):
+    "A cell with an import is run whole by the documentation build, so imports stand alone."
+    if not any(re.match(r'\s*(import|from) ', line) for line in source(cell).splitlines()): return False
+    lines = [line for line in source(cell).splitlines() if not line.lstrip().startswith(('%', '!'))]
+    try: body = ast.parse('\n'.join(lines)).body
+    except SyntaxError: return False
+    kinds = {isinstance(node, (ast.Import, ast.ImportFrom)) for node in body}
+    return kinds == {True, False}
+
+
+def imported_modules(cell, lib):
+    "Names of this library's modules that a cell imports."
+    return re.findall(rf'^\s*(?:from|import) {lib}\.(\w+)', source(cell), re.M)
+
+
+def check(root):
+    "All breaches, one line each."
+    lib, problems, owner = 'ssm_metarl', [], {}
+    notebooks = sorted(p for p in (root / 'nbs').glob('*.ipynb') if not p.name.startswith(('_', '.')))
+    cells = {p: json.loads(p.read_text())['cells'] for p in notebooks}
+    for path in notebooks:
+        say = lambda text: problems.append(f'{path.name}: {text}')
+        found = [m for c in cells[path] if c['cell_type'] == 'code' for m in re.findall(r'^#\|\s*default_exp (\w+)', source(c), re.M)]
+        if path.stem not in NO_MODULE and len(found) != 1: say(f'{len(found)} default_exp lines; one is needed')
+        for module in found:
+            if module in owner: say(f'exports module {module}, which {owner[module].name} exports too')
+            owner[module] = path
+        if len(cells[path]) > MAX_CELLS: say(f'{len(cells[path])} cells; at most {MAX_CELLS}, split it by idea')
+        if path.stat().st_size > MAX_BYTES: say(f'{path.stat().st_size / 1e3:.0f} kB; at most {MAX_BYTES / 1e3:.0f}, use fewer or smaller figures')
+        if 'widgets' in json.loads(path.read_text())['metadata']: say('widget state is stored in its metadata; clear it')
+        for i, cell in enumerate(cells[path]):
+            for output in cell.get('outputs', []):
+                text = json.dumps(output)
+                if output['output_type'] == 'error': say(f'cell {i} stores an error')
+                if 'application/vnd.jupyter.widget' in text: say(f'cell {i} stores a widget view; clear its output')
+                if re.search(r'/(work|tmp|home|root|Users)/', re.sub(r'"image/png": "[^"]*"', '', text)): say(f'cell {i} shows a path of the machine it ran on')
+            if cell['cell_type'] == 'code' and imports_mixed_with_code(cell): say(f'cell {i} mixes imports with code; give the imports a cell of their own')
+    for path in notebooks:  # data flows one way: a module imports lower-numbered ones only
+        for cell in cells[path]:
+            if cell['cell_type'] == 'code' and exports(cell):
+                for module in imported_modules(cell, lib):
+                    if module in owner and owner[module].name >= path.name: problems.append(f'{path.name}: exported code imports {module}, which is not lower-numbered')
+    for module in sorted((root / lib).glob('*.py')):
+        if module.name not in HAND_MADE and module.stem not in owner: problems.append(f'{lib}/{module.name}: no notebook exports it')
+    return problems
+
+
+if __name__ == '__main__':
+    problems = check(Path(sys.argv[1] if len(sys.argv) > 1 else '.'))
+    print('\n'.join(problems) or 'notebooks are in order')
+    sys.exit(bool(problems))

@@ -1,0 +1,40 @@
+"Write README.md from nbs/index.ipynb; with --check, only say whether it is in step. Run from the top of the repository."
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+
+HIDDEN = re.compile(r'^#\|\s*(hide|echo:\s*false|default_exp|export\b)', re.M)
+
+
+def outputs_as_text(cell):
+    "Text that a code cell printed or returned, as one indented block."
+    texts = [o.get('text') or o.get('data', {}).get('text/plain', '') for o in cell.outputs]
+    return ''.join(f'    {line}\n' for text in texts for line in text.splitlines())
+
+
+def cell_as_markdown(cell):
+    if cell.cell_type == 'markdown': return cell.source
+    if HIDDEN.search(cell.source): return ''
+    code = '\n'.join(line for line in cell.source.splitlines() if not line.startswith('#|'))
+    shown = outputs_as_text(cell)
+    return f'```python\n{code}\n```' + (f'\n\n{shown.rstrip()}' if shown else '')
+
+
+def readme(notebook):
+    "The whole README, as text: the notebook's cells, with links turned towards the top folder."
+    parts = [text for cell in notebook.cells if (text := cell_as_markdown(cell))]
+    text = '<!-- Written by tools/readme.py from nbs/index.ipynb: edit that. -->\n\n' + '\n\n'.join(parts) + '\n'
+    text = re.sub(r'\]\((?!https?:|#|nbs/)([\w./-]+\.(?:ipynb|png|svg|toml))', r'](nbs/\1', text)
+    return text.replace('](nbs/../', '](')
+
+
+if __name__ == '__main__':
+    text, target = readme(nbformat.read('nbs/index.ipynb', 4)), Path('README.md')
+    if '--check' in sys.argv[1:]:
+        same = target.exists() and target.read_text(encoding='utf-8') == text
+        print('README.md is in step' if same else 'README.md is not in step with nbs/index.ipynb; run tools/readme.py')
+        sys.exit(not same)
+    target.write_text(text, encoding='utf-8')
+    print('wrote README.md')

@@ -1,0 +1,65 @@
+"""Set up a virtual environment and run the main job or the tests, from a fresh clone with Python 3.11 or newer.
+
+python3 tools/start.py demo    train, evaluate and adapt a policy; ends in the gain from adaptation and a picture of it
+python3 tools/start.py test    run every check that a change has to pass
+"""
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TORCH = 'torch>=2.6,<2.14'
+
+
+def run(*command, capture=False):
+    "Show a command and run it; stop with its status if it fails."
+    print('$', *(Path(x).name if x == command[0] else x for x in map(str, command)), flush=True)
+    result = subprocess.run([str(x) for x in command], cwd=ROOT, stdout=subprocess.PIPE if capture else None, text=True)
+    if result.returncode: sys.exit(f'start.py: this command ended with status {result.returncode}; its message stands above')
+    return result.stdout
+
+
+def environment(folder, extra, torch_index):
+    "Python of a virtual environment with this library in it, made if it is not there or out of date."
+    python = folder / ('Scripts/python.exe' if os.name == 'nt' else 'bin/python')
+    wanted = hashlib.sha256(b''.join((ROOT / x).read_bytes() for x in ('settings.ini', 'setup.py')) + extra.encode()).hexdigest()
+    stamp = folder / f'installed-{extra or "library"}'
+    if stamp.exists() and stamp.read_text() == wanted: return python
+    if not python.exists(): run(sys.executable, '-m', 'venv', folder)
+    pip = [python, '-m', 'pip', '--disable-pip-version-check', 'install', '--quiet']
+    run(*pip, TORCH, *(['--index-url', torch_index] if torch_index else []))  # first and alone, so that a CPU build is taken where there is one
+    run(*pip, '--editable', f'.[{extra}]' if extra else '.')
+    stamp.write_text(wanted)
+    return python
+
+
+def demo(python):
+    "The main job: meta-train, evaluate without adaptation, evaluate with it."
+    program, folder = [python, 'main.py'], Path('checkpoints')
+    run(*program, 'train', '--config', 'basic', '--outer-steps', '100', '--ckpt-dir', folder)
+    before = json.loads(run(*program, 'eval', '--checkpoint', folder / 'latest.npz', '--episodes', '50', capture=True).splitlines()[-1])
+    after = json.loads(run(*program, 'adapt', '--checkpoint', folder / 'latest.npz', '--adapt-steps', '5', '--episodes', '50',
+                           '--figure', folder / 'adaptation.png', capture=True).splitlines()[-1])
+    low, high = after['improvement_ci95']
+    print(f'\nReturn on 50 unseen tasks: {before["mean_return"]:.1f} before adaptation, {after["post_return"]:.1f} after 5 gradient steps '
+          f'(doing nothing {after["nothing_return"]:.1f}, knowing the goal {after["oracle_return"]:.1f}).')
+    print(f'Gain from adaptation: {after["improvement"]:.1f}, 95 % interval {low:.1f} to {high:.1f}. Picture: {ROOT / folder / "adaptation.png"}')
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('job', choices=['demo', 'test'])
+    parser.add_argument('--venv', type=Path, default=ROOT / '.venv', help='folder of the virtual environment (default: .venv)')
+    parser.add_argument('--torch-index', metavar='URL', help="package index to take torch from, such as PyTorch's own for its CPU build on Linux")
+    args, rest = parser.parse_known_args()
+    if sys.version_info < (3, 11): sys.exit(f'start.py: this is Python {sys.version.split()[0]}; ssm_metarl needs 3.11 or newer')
+    python = environment(args.venv.resolve(), 'dev' if args.job == 'test' else '', args.torch_index)
+    if args.job == 'demo': demo(python)
+    else: run(python, 'tools/test.py', *rest)
+
+
+if __name__ == '__main__': main()
