@@ -8,7 +8,7 @@ __all__ = ['OPTIMIZERS', 'STRATEGIES', 'flatten', 'split', 'per_task', 'clip_gra
            'AdaptationStrategy', 'register_adaptation_strategy', 'make_strategy', 'NoStrategy', 'batch_statistics',
            'softmax_entropy', 'is_categorical', 'Tent', 'uncertainty', 'distance_from', 'task_samples', 'task_mean',
            'Moments', 'FeatureMonitor', 'Monitors', 'Weights', 'preserved', 'requires_grad', 'GuardedLearner',
-           'Adapter', 'create_adapter']
+           'Adapter', 'create_adapter', 'SSMHook', 'MetaRLHook']
 
 # %% ../nbs/05_adapter.ipynb #050003
 import os
@@ -856,3 +856,97 @@ def create_adapter(
 ) -> Adapter:
     "An adapter for a model. Raises ValueError or TypeError, saying why, if it could not work."
     return Adapter(model, AdaptationConfig() if config is None else config, strategy, stacked)
+
+# %% ../nbs/05_adapter.ipynb #050060
+class SSMHook:
+    "Features of a model as it runs, for `Adapter.observe`."
+
+    def __init__(self,
+                 adapter: Adapter): # of the model
+        self.adapter, self.model, self._handles, self._features, self._input = adapter, None, [], None, lambda: None
+
+    def attach(self,
+               model: nn.Module, # the adapter's
+               module=None, # the module whose output counts, or its name; None: see above
+              ) -> 'SSMHook': # itself
+        "Listen to the forward passes of a model. Raises ValueError for a model that is not the adapter's."
+        if model is not self.adapter.target: raise ValueError(f'this {type(model).__name__} is not the model of the adapter')
+        self.detach()
+        self.model, modules = model, list(model.modules())
+        if isinstance(module, str): module = model.get_submodule(module)
+        listened = module or next((m for m in modules if isinstance(m, SSM)), None)
+        last = next((m for m in reversed(modules) if isinstance(m, nn.Linear)), None)
+        self._handles.append(model.register_forward_pre_hook(self._begin, with_kwargs=True))
+        if listened is not None: self._handles.append(listened.register_forward_hook(lambda m, args, out: self._keep(out)))
+        elif last is not None: self._handles.append(last.register_forward_hook(lambda m, args, out: self._keep(args[0])))
+        if module is None: self._handles.append(model.register_forward_hook(lambda m, args, out: self._keep(out) if isinstance(out, Mapping) and 'features' in out else None))
+        return self
+
+    def detach(self):
+        "Listen no more."
+        for handle in self._handles: handle.remove()
+        self._handles, self._features = [], None
+
+    def _begin(self, model, args, kwargs):
+        tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+        self._features, self._input = None, weakref.ref(tensors[0]) if tensors else lambda: None
+
+    def _keep(self, out):
+        if isinstance(out, Mapping): out = out['features']
+        self._features = (out[0] if isinstance(out, tuple) else out).detach()
+
+    @torch.no_grad()
+    def features(self,
+                 batch, # mapping of tensors, or a tensor
+                ) -> Tensor: # [B, ..., d]
+        "Features of this batch: of the last forward pass if that saw it, else of a new one. Raises ValueError if there are none."
+        if self.model is None: raise ValueError('the hook listens to no model; call attach(model) first')
+        given = batch.values() if isinstance(batch, Mapping) else [batch]
+        if self._features is None or not any(v is self._input() for v in given if isinstance(v, Tensor)):
+            if hasattr(self.model, 'extract_features'): return self.model.extract_features(batch).detach()
+            self.model(**batch) if isinstance(batch, Mapping) else self.model(batch)
+        if self._features is None: raise ValueError("no features were seen: name a module in attach, give the model `extract_features`, or 'features' among its outputs")
+        return self._features
+
+
+class MetaRLHook:
+    "Losses of reinforcement learning for `Adapter.adapt`: a number, or one per task [M] for a stack."
+
+    def __init__(self,
+                 adapter: Adapter, # whether it has a stack decides about the shape
+                 kind: str = 'ratio', # of the surrogate, see `policy_surrogate`
+                 clip: float = None): # of the ratio; None: off
+        self.adapter, self.kind, self.clip = adapter, kind, clip
+
+    def _cube(self, x):  # [M, K, T], from [B] or [B, T] of a module, from [M], [M, K] or [M, K, T] of a stack
+        x = x if self.adapter.stacked else x.unsqueeze(0)
+        return x.reshape(*x.shape, *[1] * (3 - x.dim()))
+
+    def _mask(self, batch, like): return self._cube(batch['mask'] if batch and 'mask' in batch else torch.ones_like(like, dtype=torch.bool))
+
+    def _loss(self, x): return x if self.adapter.stacked else x.squeeze(0)
+
+    def policy_loss(self,
+                    outputs: dict, # of a policy: 'logits', or 'mean' and 'log_std'
+                    batch: dict, # 'actions', 'advantages'; optional 'logp_old' (default: on policy) and 'mask'
+                   ) -> Tensor: # a number, or [M]
+        "The policy-gradient loss of the inner loop."
+        logp = action_log_prob(outputs, batch['actions'])
+        old = batch['logp_old'] if 'logp_old' in batch else logp.detach()
+        return self._loss(policy_surrogate(self._cube(logp), self._cube(old), self._cube(batch['advantages']), self._mask(batch, logp), self.kind, self.clip))
+
+    def value_loss(self,
+                   outputs: dict, # 'value'
+                   batch: dict, # 'returns'; optional 'mask'
+                  ) -> Tensor: # a number, or [M]
+        "Mean squared error of the value."
+        return self._loss(value_loss(self._cube(outputs['value']), self._cube(batch['returns']), self._mask(batch, outputs['value'])))
+
+    def kl_to_anchor(self,
+                     outputs: dict, # of the adapted policy
+                     anchor: dict, # of the source at the same inputs
+                     batch: dict = None, # optional 'mask'
+                    ) -> Tensor: # a number, or [M]
+        "KL(source || adapted), to be added to a loss: the trust region in the space of functions (as in TARL, Xu et al., ICML 2025)."
+        kl = kl_divergence(anchor, outputs)
+        return self._loss(masked_mean(self._cube(kl), self._mask(batch, kl)))

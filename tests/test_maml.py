@@ -1,0 +1,255 @@
+"What the MAML notebook promises, in the cases that would lengthen its story."
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+
+from ssm_metarl.envs import FAMILIES, EnvConfig, Family, register_family, sample_tasks
+from ssm_metarl.maml import MetaConfig, MetaLearner, MetaMAML, inner_step, require_finite, stack
+from ssm_metarl.policy import PolicyConfig, SSMMetaPolicy
+from ssm_metarl.rollout import advantages, collect
+
+M, K, T = 3, 4, 10
+
+
+if 'MamlTestCorridor-v0' not in FAMILIES:
+    @register_family('MamlTestCorridor-v0')
+    class Corridor(Family):
+        "Find the exit of a corridor of unknown length: discrete actions, episodes that end early."
+        observation_space, action_space = spaces.Box(-np.inf, np.inf, (1,), np.float32), spaces.Discrete(2)
+        def draw_task(self, rng): return {'exit': rng.uniform(.5, 4).astype(np.float32)}
+        def reset(self, tasks, noise): return np.zeros_like(tasks['exit'])[:, None]
+        def step(self, state, action, tasks):
+            state = state + np.where(action == 1, 1, -1).astype(np.float32)[:, None]
+            return state, np.full(len(state), -1, np.float32), state[:, 0] >= tasks['exit']
+        def observe(self, state, tasks): return state.copy()
+
+
+def make(name='MetaGymToy-v0', history=False, seed=0, **kw):
+    env = EnvConfig(name, num_envs=K, time_limit=T, seed=seed)
+    policy = SSMMetaPolicy(env.family.observation_space, env.family.action_space, PolicyConfig(4, 2, history=history), seed).double()
+    return MetaMAML(policy, env, MetaConfig(tasks_per_batch=M, **dict(inner_lr=.3) | kw))
+
+
+def tasks_of(learner, step=0): return sample_tasks(learner.env, M, step=step)
+
+
+def trajectories(learner):
+    *support, query = [(t, advantages(t)) for t in learner.collect_all(tasks_of(learner))]
+    return support, *query
+
+
+def pick(traj, m): return type(traj)(**{k: v[m:m + 1] for k, v in vars(traj).items()})
+
+
+def gradient(learner, *data):
+    grads = torch.autograd.grad(learner.outer_loss(*data)[0].mean(), list(learner.params.values()), allow_unused=True)
+    return torch.cat([torch.zeros_like(v).flatten() if g is None else g.flatten() for g, v in zip(grads, learner.params.values())])
+
+
+def assert_same(a, b):
+    assert set(a) == set(b)
+    for k in a: assert a[k].dtype == b[k].dtype and a[k].tobytes() == b[k].tobytes(), k
+
+
+CASES = [dict(), dict(history=True), dict(name='MamlTestCorridor-v0'), dict(name='MamlTestCorridor-v0', history=True, inner_steps=2), dict(inner_steps=2, first_order=True)]
+
+
+@pytest.mark.parametrize('case', CASES, ids=str)
+def test_meta_gradient_of_a_batch_is_the_mean_over_its_tasks(case):
+    learner = make(**case)
+    support, query, advantage = trajectories(learner)
+    if 'name' in case: assert not query.mask.all()
+    alone = [gradient(learner, [(pick(t, m), a[m:m + 1]) for t, a in support], pick(query, m), advantage[m:m + 1]) for m in range(M)]
+    torch.testing.assert_close(gradient(learner, support, query, advantage), torch.stack(alone).mean(0), atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize('case', CASES[:4], ids=str)
+def test_meta_gradient_is_the_slope_of_the_outer_loss(case):
+    learner = make(**case, entropy_coef=.01)
+    data = trajectories(learner)
+    g = torch.Generator().manual_seed(1)
+    centre = {k: v.detach() + .02 * torch.randn(v.shape, generator=g, dtype=v.dtype) for k, v in learner.params.items()}
+    def at(direction, eps):
+        with torch.no_grad():
+            for k, v in learner.params.items(): v.copy_(centre[k] + eps * direction[k])
+        return learner
+    for _ in range(5):
+        d = {k: torch.randn(v.shape, generator=g, dtype=v.dtype) for k, v in centre.items()}
+        slope = sum(s * at(d, s * 1e-6).outer_loss(*data)[0].mean().item() for s in (1, -1)) / 2e-6
+        exact = gradient(at(d, 0), *data) @ torch.cat([v.flatten() for v in d.values()])
+        assert abs(slope - exact.item()) < 1e-7 * max(1, abs(slope))
+
+
+def test_outer_step_moves_against_the_meta_gradient():
+    learner = make(outer_epochs=1, max_grad_norm=1e9)
+    support, query, advantage = trajectories(learner)
+    expected, before = gradient(learner, support, query, advantage), {k: v.detach().clone() for k, v in learner.params.items()}
+    learner.outer_step(tasks_of(learner))
+    change = torch.cat([(learner.params[k] - v).detach().flatten() for k, v in before.items()])
+    clear = expected.abs() > 1e-5  # the first step of Adam is -outer_lr * sign(gradient), but for gradients near its epsilon
+    assert clear.sum() > 50
+    torch.testing.assert_close(change[clear], -learner.config.outer_lr * expected[clear].sign(), atol=1e-5, rtol=0)
+
+
+def test_support_and_query_see_different_noise_and_each_step_new_noise():
+    learner = make()
+    (support, _), *_ = trajectories(learner)[0]
+    query = learner.collect_all(tasks_of(learner))[1]
+    assert not torch.isclose(support.action[:, :, 0], query.action[:, :, 0]).any()
+    learner.step = 1
+    assert not torch.isclose(support.action[:, :, 0], learner.collect_all(tasks_of(learner))[0].action[:, :, 0]).any()
+
+
+def test_metrics():
+    assert abs(make(outer_epochs=1).outer_step(tasks_of(make()))['kl']) < 1e-12  # nothing has moved yet
+    assert abs(make(outer_epochs=5, outer_lr=.03).outer_step(tasks_of(make()))['kl']) > 1e-6
+    steps = [make(inner_steps=n).outer_step(tasks_of(make()))['env_steps'] for n in (1, 2)]
+    assert steps == [2 * M * K * T, 3 * M * K * T]
+
+
+def test_adapt_needs_no_help_and_leaves_no_trace():
+    learner = make(name='MamlTestCorridor-v0', history=True)
+    traj = collect(learner.policy, learner.params, tasks_of(learner), learner.env)
+    before, rng = learner.state_dict(), torch.get_rng_state()
+    adapted = learner.adapt(learner.params, traj)
+    for m in range(M):
+        for k, v in learner.adapt(learner.params, pick(traj, m)).items(): torch.testing.assert_close(v[0], adapted[k][m], atol=1e-12, rtol=0)
+    broken = replace(traj, reward=traj.reward.masked_fill(~traj.mask, torch.nan))  # what follows the end is nobody's business
+    assert not traj.mask.all()
+    for k, v in learner.adapt(stack(learner.params, M), broken).items(): assert torch.equal(v, adapted[k]) and not v.requires_grad
+    assert torch.equal(rng, torch.get_rng_state())
+    assert_same(before, learner.state_dict())
+
+
+def test_value_head_is_not_adapted():
+    learner = make()
+    adapted = learner.adapt(learner.params, collect(learner.policy, learner.params, tasks_of(learner), learner.env))
+    for k, v in adapted.items():
+        assert torch.equal(v, learner.params[k].expand_as(v)) == k.startswith('value.'), k
+
+
+def test_training_does_not_read_or_write_the_global_generator():
+    results = []
+    for seed in (0, 1):
+        torch.manual_seed(seed), np.random.seed(seed)
+        learner = make()
+        learner.outer_step(tasks_of(learner))
+        assert torch.initial_seed() == seed and torch.equal(torch.get_rng_state(), torch.Generator().manual_seed(seed).get_state())
+        results.append(learner.state_dict())
+    assert_same(*results)
+
+
+def test_state_is_a_copy_and_must_fit():
+    learner = make()
+    learner.outer_step(tasks_of(learner))
+    saved = learner.state_dict()
+    learner.outer_step(tasks_of(learner, 1))
+    before = learner.state_dict()
+    assert not np.array_equal(saved['params/action.bias'], before['params/action.bias'])
+    for bad, message in (({k: v for k, v in saved.items() if k != 'params/norm.bias'}, r'norm.bias has shape None in this state, and this policy needs \(4,\)'),
+                         (saved | {'params/log_std': np.zeros(3)}, r'log_std has shape \(3,\) in this state, and this policy needs \(2,\)'),
+                         (saved | {'params/new': np.zeros(3)}, r'new has shape \(3,\) in this state, and this policy needs None')):
+        with pytest.raises(ValueError, match=message): learner.load_state_dict(bad)
+        assert_same(before, learner.state_dict())
+    learner.load_state_dict(saved)
+    learner.outer_step(tasks_of(learner, 1))
+    assert_same(before, learner.state_dict())
+    learner.load_state_dict(make().state_dict())  # also a state from before the first step
+    learner.outer_step(tasks_of(learner))
+    assert_same(saved, learner.state_dict())
+
+
+def poison_support(learner, monkeypatch):
+    from ssm_metarl import maml
+    def poisoned(*args, **kw):
+        traj = collect(*args, **kw)
+        traj.reward[2, 1, 3] = torch.inf
+        return traj
+    monkeypatch.setattr(maml, 'collect', poisoned)
+    return FloatingPointError, r'rewards of tasks \[2\]'
+
+
+def poison_query(learner, monkeypatch):
+    collect_all = learner.collect_all
+    def poisoned(tasks):
+        support, query = collect_all(tasks)
+        query.reward[1, 0, 0] = torch.nan
+        return [support, query]
+    monkeypatch.setattr(learner, 'collect_all', poisoned)
+    return FloatingPointError, r'losses of tasks \[1\]'
+
+
+def poison_inner_step(learner, monkeypatch):
+    monkeypatch.setattr(learner, 'config', replace(learner.config, inner_lr=1e308))
+    return FloatingPointError, r'adapted parameters of tasks \[0, 1, 2\]'
+
+
+def fail_in_third_epoch(error):
+    def accident(learner, monkeypatch):
+        descend, calls = learner.descend, []
+        def fails(*args):
+            calls.append(1)
+            if len(calls) == 3: raise error('stop')
+            return descend(*args)
+        monkeypatch.setattr(learner, 'descend', fails)
+        return error, 'stop'
+    return accident
+
+
+@pytest.mark.parametrize('accident', [poison_support, poison_query, poison_inner_step, fail_in_third_epoch(FloatingPointError), fail_in_third_epoch(KeyboardInterrupt)])
+@pytest.mark.parametrize('steps_before', [0, 1])
+def test_an_outer_step_happens_completely_or_not_at_all(accident, steps_before, monkeypatch):
+    learner, twin = make(), make()
+    for i in range(steps_before): learner.outer_step(tasks_of(learner, i)), twin.outer_step(tasks_of(twin, i))
+    before = learner.state_dict()
+    with monkeypatch.context() as m:
+        error, message = accident(learner, m)
+        with pytest.raises(error, match=message): learner.outer_step(tasks_of(learner, steps_before))
+    assert_same(before, learner.state_dict())
+    assert learner.outer_step(tasks_of(learner, steps_before)) == twin.outer_step(tasks_of(twin, steps_before))
+    assert_same(learner.state_dict(), twin.state_dict())
+
+
+def test_gradient_may_be_infinite_where_the_loss_is_not():
+    learner = make()
+    learner.outer_step(tasks_of(learner))
+    before, x = learner.state_dict(), learner.params['log_std']
+    with pytest.raises(FloatingPointError, match='norm inf.*all losses are finite'): learner.descend((x - x.detach()).sqrt().sum().expand(M), torch.zeros(M))
+    with pytest.raises(FloatingPointError, match=r'errors of the value head of tasks \[1\]'): learner.descend(x.sum().expand(M), torch.tensor([0., torch.nan, 0.]))
+    assert_same(before, learner.state_dict())
+
+
+def test_require_finite():
+    require_finite('losses', torch.zeros(3), torch.ones(3, 2, 2))
+    with pytest.raises(FloatingPointError, match=r'losses of tasks \[0, 2\] are not finite'):
+        require_finite('losses', torch.tensor([torch.nan, 0., 0.]), torch.tensor([[0., 0.], [0., 0.], [0., -torch.inf]]))
+
+
+def test_descend_clips_the_policy_and_the_value_head_separately():
+    learner = make(max_grad_norm=1.)
+    value = sum(v.sum() for k, v in learner.params.items() if k.startswith('value.'))
+    norm = learner.descend(learner.params['log_std'].sum().expand(M), (1e6 * value).expand(M))
+    assert norm == pytest.approx(2**.5)
+    norms = [torch.cat([v.grad.flatten() for k, v in learner.params.items() if v.grad is not None and k.startswith('value.') == head]).norm().item() for head in (False, True)]
+    assert norms == pytest.approx([1, 1], rel=1e-4)  # a huge error of the value head does not drown the policy's gradient
+
+
+@pytest.mark.parametrize('field, values', [
+    ('outer_steps', (0, -1, 1.5)), ('tasks_per_batch', (0,)), ('inner_steps', (0,)), ('outer_epochs', (0,)), ('inner_lr', (0., -1., np.nan, np.inf)), ('outer_lr', (0., np.inf)),
+    ('clip', (0.,)), ('max_grad_norm', (-1.,)), ('gamma', (-.1, 1.1, np.nan)), ('gae_lambda', (2.,)), ('entropy_coef', (-1., np.nan)), ('surrogate', ('dice', ''))])
+def test_config_refuses_nonsense(field, values):
+    for value in values:
+        with pytest.raises(ValueError, match=f'^{field}=.* is not .*; the default is'): MetaConfig(**{field: value})
+
+
+def test_a_learner_of_your_own_needs_outer_step_only():
+    with pytest.raises(TypeError, match='outer_step'): MetaLearner(make().policy, make().env)
+    class Idle(MetaLearner):
+        def outer_step(self, tasks): return {}
+    learner = Idle(make().policy, make().env)
+    traj = collect(learner.policy, learner.params, tasks_of(learner), learner.env)
+    expected = inner_step(learner.policy, {k: v.detach().clone().requires_grad_() for k, v in stack(learner.params, M).items()}, traj, learner.config)
+    for k, v in learner.adapt(learner.params, traj).items(): torch.testing.assert_close(v, expected[k].detach(), atol=1e-12, rtol=0)
