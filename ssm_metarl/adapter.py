@@ -11,14 +11,11 @@ __all__ = ['OPTIMIZERS', 'STRATEGIES', 'flatten', 'split', 'per_task', 'clip_gra
            'Adapter', 'create_adapter', 'SSMHook', 'MetaRLHook']
 
 # %% ../nbs/05_adapter.ipynb #050003
-import os
-import tempfile
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,7 +25,7 @@ from torch.linalg import vector_norm
 
 from .policy import action_log_prob, entropy, kl_divergence
 from .rollout import masked_mean, policy_surrogate, value_loss
-from .ssm import SSM
+from .ssm import SSM, read_npz, write_npz
 
 # %% ../nbs/05_adapter.ipynb #050013
 def flatten(
@@ -663,6 +660,8 @@ def _nested(flat):  # the reverse
 class Adapter:
     "Bounded gradient steps at test time on one module, or on stacked parameters of M tasks."
 
+    format, format_version = 'ssm_metarl.Adapter', 1
+
     def __init__(self,
                  target, # nn.Module, updated in place; or dict name -> [M, ...], parameters of M tasks, copied
                  config: AdaptationConfig = AdaptationConfig(), # how, what, how far
@@ -811,14 +810,14 @@ class Adapter:
     def state_dict(self) -> dict: # flat, name -> tensor
         "All that the adapter knows."
         state = lambda s: vars(s) if self.config.ema_decay is not None else vars(s) | {'average': None}
-        tree = dict(format_version=torch.tensor(1), tensors=self.weights.tensors, source=self.learner.source, now=state(self.learner.state()), best=state(self.best),
+        tree = dict(tensors=self.weights.tensors, source=self.learner.source, now=state(self.learner.state()), best=state(self.best),
                     best_return=self.best_return, last_return=self.last_return, counters=self.counters, monitors=self.monitors.state())
         return {k: v.detach().clone() for k, v in _flat(tree).items()}
 
     def load_state_dict(self,
                         state: dict): # of an adapter of the same model and config
         "Go on from there. Raises ValueError, and changes nothing, if it does not fit."
-        fixed = lambda s: {k: (tuple(v.shape), v.dtype) for k, v in s.items() if k.startswith(('tensors/', 'source/', 'now/params/', 'best/params/')) or k.endswith('/average') or k == 'format_version'}
+        fixed = lambda s: {k: (tuple(v.shape), v.dtype) for k, v in s.items() if k.startswith(('tensors/', 'source/', 'now/params/', 'best/params/')) or k.endswith('/average')}
         given, needed = fixed(state), fixed(self.state_dict())
         for k in (*needed, *given):
             if given.get(k) != needed.get(k): raise ValueError(f'this state does not fit: {k} is {given.get(k)} there and {needed.get(k)} here; use the same model and config')
@@ -833,19 +832,12 @@ class Adapter:
     def save(self,
              path): # .npz file
         "Write the state atomically: the file is whole, or as it was."
-        path = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.stem}', suffix='.npz')
-        try:
-            with os.fdopen(handle, 'wb') as f: np.savez(f, **{k: v.cpu().numpy() for k, v in self.state_dict().items()})
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_npz(path, dict(format=self.format, format_version=self.format_version), {k: v.cpu().numpy() for k, v in self.state_dict().items()})
 
     def load(self,
              path): # .npz file
         "Read a state; no code in the file is run. Raises ValueError if it is not one, or does not fit."
-        with np.load(path, allow_pickle=False) as file: self.load_state_dict({k: torch.from_numpy(file[k]) for k in file.files})
+        self.load_state_dict({k: torch.from_numpy(v) for k, v in read_npz(path, self.format, self.format_version)[1].items()})
 
 
 def create_adapter(

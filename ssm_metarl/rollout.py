@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SURROGATES', 'discounted_sum', 'masked_mean', 'Trajectories', 'action_noise', 'env_seeds', 'history', 'policy_inputs',
-           'Rollout', 'collect', 'linear_baseline', 'gae', 'normalise', 'advantages', 'policy_surrogate', 'value_loss']
+           'require_finite', 'Rollout', 'collect', 'linear_baseline', 'gae', 'normalise', 'advantages',
+           'policy_surrogate', 'value_loss']
 
 # %% ../nbs/03_rollout.ipynb #030003
 from dataclasses import dataclass, fields, replace
@@ -110,9 +111,19 @@ def policy_inputs(
     "What the policy saw: the observations, and its own recent history if it wants that."
     if not policy.config.history: return traj.obs
     past = history(policy, traj.action, traj.reward)
-    past = torch.cat([torch.zeros_like(past[..., :1, :]), past[..., :-1, :]], -2).masked_fill(traj.memory_reset.unsqueeze(-1), 0)
+    past = torch.cat([torch.zeros_like(past[..., :1, :]), past[..., :-1, :]], -2).masked_fill((traj.memory_reset | ~traj.mask).unsqueeze(-1), 0)
     past[..., -1] = traj.episode_start.to(past.dtype)
     return torch.cat([traj.obs, past], -1)
+
+# %% ../nbs/03_rollout.ipynb #040043
+def require_finite(
+    what: str, # what the numbers are, for the message
+    *tensors: Tensor, # each [M, ...]
+):
+    "Raises FloatingPointError that names the tasks whose numbers are not all finite."
+    ok = torch.stack([x.isfinite().reshape(len(x), -1).all(1) for x in tensors]).all(0)  # [M]
+    if not ok.all():
+        raise FloatingPointError(f'{what} of tasks {torch.nonzero(~ok).flatten().tolist()} are not finite; look at these tasks, or lower inner_lr')
 
 # %% ../nbs/03_rollout.ipynb #030033
 class Rollout:
@@ -159,10 +170,12 @@ class Rollout:
         live, obs = ~(env.terminated | env.truncated), batched(self.obs)
         out, self.memory = act(torch.cat([obs, self.past], -1), self.memory)
         action = choose_action(out, None if self.noise is None else self.noise[:, :, len(self.steps)])
+        logp = action_log_prob(out, action)
+        require_finite('action probabilities', logp)
         self.obs, reward, terminated, truncated, _ = env.step(self.policy.to_env(action.cpu().numpy().reshape(env.num_envs, *action.shape[2:])))
         reward = batched(reward)
         if self.policy.config.history: self.past = history(self.policy, action, reward)
-        return obs, action, reward, batched(terminated & live), batched(truncated & live), batched(live), action_log_prob(out, action), out['value']
+        return obs, action, reward, batched(terminated & live), batched(truncated & live), batched(live), logp, out['value']
 
     @torch.no_grad()
     def recompute_memory(self,
