@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import tyro
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from . import __version__
 from .adapter import AdaptationConfig, Adapter, create_adapter, make_strategy

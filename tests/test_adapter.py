@@ -1,0 +1,634 @@
+"Promises of `adapter` that hold for any loss, gradient, optimiser, model, exception and interruption."
+import copy
+import math
+import random as python_random
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from torch import nn
+from torch.linalg import vector_norm
+from torch.nn import functional as F
+
+from ssm_metarl import adapter as module
+from ssm_metarl.adapter import (OPTIMIZERS, AdaptationConfig, AdaptationStrategy, Moments, SSMHook, create_adapter, flatten, project,
+                                register_adaptation_strategy, uncertainty)
+from ssm_metarl.ssm import SSM, SSMConfig, write_npz
+
+torch.set_num_threads(1)
+settings.register_profile('adapter', max_examples=25, deadline=None, derandomize=True)
+settings.load_profile('adapter')
+
+K, D = 3, 4  # classes, inputs
+seeds, flags, optimizers = st.integers(0, 2**20), st.booleans(), st.sampled_from(list(OPTIMIZERS))
+NORMS = {'batch': nn.BatchNorm1d, 'layer': nn.LayerNorm, 'group': lambda H: nn.GroupNorm(2, H), 'none': lambda H: nn.Identity()}
+MODELS = [*NORMS, 'ssm', 'images']
+SPECIAL = {'momentum': lambda p: torch.optim.SGD(p, .05, momentum=.9, nesterov=True), 'amsgrad': lambda p: torch.optim.Adam(p, .05, amsgrad=True),
+           'decay': lambda p: torch.optim.AdamW(p, .05, weight_decay=.3)}
+
+
+def generator(*seed): return torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+
+
+def random(seed, *shape, dtype=torch.float32): return torch.randn(shape, generator=generator(*np.atleast_1d(seed)), dtype=torch.float64).to(dtype)
+
+
+class Classifier(nn.Module):
+    def __init__(self, kind, H=6):
+        super().__init__()
+        self.encoder, self.norm, self.head = nn.Linear(D, H), NORMS[kind](H), nn.Linear(H, K)
+
+    def forward(self, x, labels=None): return {'logits': self.head(self.norm(self.encoder(x)).relu())}
+
+
+class Recurrent(nn.Module):
+    def __init__(self, H=6):
+        super().__init__()
+        self.core, self.norm, self.head = SSM(SSMConfig(D, 4, H)), nn.LayerNorm(H), nn.Linear(H, K)
+
+    def forward(self, x, labels=None): return {'logits': self.head(self.norm(self.core(x)[0][:, -1]))}
+
+
+class Images(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Linear(8, K)
+
+    def forward(self, x, labels=None): return {'logits': self.head(self.norm(self.conv(x)).relu().flatten(1))}
+
+
+def make(kind, seed=0):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Recurrent() if kind == 'ssm' else Images() if kind == 'images' else Classifier(kind)
+
+
+def data(kind, seed=0, B=8):
+    shape = {'ssm': (B, 5, D), 'images': (B, 1, 4, 4)}.get(kind, (B, D))
+    return dict(x=2 + random(seed, *shape), labels=torch.randint(K, (B,), generator=generator(seed, 1)))
+
+
+def cross_entropy(outputs, batch): return F.cross_entropy(outputs['logits'], batch['labels'])
+
+
+def values(model): return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def flags_of(model): return [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()], [getattr(m, 'track_running_stats', None) for m in model.modules()]
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for k in a: assert a[k].dtype == b[k].dtype and a[k].numpy().tobytes() == b[k].numpy().tobytes(), k
+
+
+class Given(torch.autograd.Function):
+    "A loss of any value with any gradient."
+    @staticmethod
+    def forward(ctx, loss, *pairs):
+        ctx.grads = pairs[1::2]
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, _): return None, *(x for g in ctx.grads for x in (g, None))
+
+
+class Wild(torch.optim.Optimizer):
+    "Throws the weights anywhere, whatever the gradient."
+    def __init__(self, tensors, factor): super().__init__(tensors, dict(factor=factor))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group['params']: p.add_(p.grad.sign() + .5, alpha=group['factor']), self.state[p].update(seen=p.clone())
+
+
+def given_loss(adapter, loss, grads): return lambda *_: Given.apply(loss, *(x for k, g in grads.items() for x in (adapter.params[k], g)))
+
+
+# --- what no loss, gradient, optimiser and learning rate can break
+
+def config_of(draw, **kw):
+    some = lambda low, high: draw(st.none() | st.floats(low, high).map(lambda e: 10.**e))
+    optimizer = draw(optimizers | st.sampled_from([math.inf, math.nan, 1e30, 1e-40]).map(lambda factor: lambda p: Wild(p, factor)) | st.sampled_from(list(SPECIAL.values())))
+    decay = draw(st.none() | st.sampled_from([0., .9, .999]))
+    return AdaptationConfig(lr=10.**draw(st.floats(-8, 30)), optimizer=optimizer, max_grad_norm=some(-3, 20), max_step=some(-6, 1), trust_radius=10.**draw(st.floats(-3, 2)),
+                            radius_relative=draw(flags), ema_decay=decay, ema_anchor=decay is not None and draw(flags), **kw)
+
+
+@settings(max_examples=150)
+@given(st.data(), seeds, flags, st.integers(1, 3), st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
+def test_no_step_breaks_a_promise(data, seed, stacked, M, dtype):
+    rng, c = np.random.default_rng(seed), config_of(data.draw)
+    if not stacked: M = 1
+    source = {k: random([seed, i], M, *shape, dtype=dtype) for i, (k, shape) in enumerate(dict(a=(4, 5), b=(), c=(7,), d=(0, 2)).items())}
+    target = nn.ParameterDict({k: nn.Parameter(v[0].clone()) for k, v in source.items()})
+    adapter = create_adapter(source if stacked else target, c, stacked=stacked)
+    rows = lambda: np.concatenate([v.detach().double().reshape(M, -1).numpy() for v in adapter.params.values()], 1)
+    centre = rows()
+    radius = c.trust_radius * (np.linalg.norm(centre, axis=1) if c.radius_relative else np.ones(M)) * (1 + 1e-6)
+    for _ in range(6):
+        grads = {k: torch.from_numpy(rng.standard_normal(v.shape) * 10.**rng.uniform(-45, 38)).to(dtype) for k, v in source.items() if rng.random() < .8}
+        if not grads: continue
+        for g in grads.values():
+            if g.numel() and rng.random() < .2: g.view(-1)[rng.integers(g.numel())] = rng.choice([np.inf, -np.inf, np.nan])
+        loss = torch.from_numpy(np.where(rng.random(M) < .2, rng.choice([np.inf, np.nan], M), 1.))
+        old, average = rows(), None if adapter.learner.average is None else adapter.learner.average.numpy().copy()
+        if not stacked: grads, loss = {k: g[0] for k, g in grads.items()}, loss[0]
+        info = adapter.adapt(given_loss(adapter, loss, grads), fwd_fn=lambda _: None)
+        new, skipped = rows(), np.atleast_1d(info['skipped']) == 1
+        assert np.isfinite(new).all() and (new[skipped] == old[skipped]).all() and skipped[~np.isfinite(np.atleast_1d(loss))].all()
+        assert (np.linalg.norm(new - centre, axis=1) <= radius).all()
+        assert c.max_step is None or (np.abs(new - old) <= c.max_step).all()
+        if c.ema_decay is not None: assert (np.linalg.norm(adapter.learner.average.numpy() - centre, axis=1) <= radius).all()
+        if c.ema_anchor: assert (np.linalg.norm(new - average, axis=1) <= radius).all()
+        np.testing.assert_allclose(np.atleast_1d(info['drift']), np.linalg.norm(new - centre, axis=1))
+        np.testing.assert_allclose(np.atleast_1d(info['step_norm']), np.linalg.norm(new - old, axis=1))
+
+
+@given(seeds, st.floats(-3, 3))
+def test_projection_is_the_nearest_point(seed, e):
+    rows, centre, within = random(seed, 3, 4, 5, dtype=torch.float64)
+    radius = torch.full((4,), 10.**e, dtype=torch.float64)
+    nearest = project(rows, centre, radius)
+    other = centre + within * (radius / vector_norm(within, dim=1)).unsqueeze(1)
+    assert (vector_norm(nearest - centre, dim=1) <= radius * (1 + 1e-12)).all()
+    assert (((rows - nearest) * (other - nearest)).sum(1) <= 1e-9 * radius).all()  # what makes it the nearest point of a convex set
+
+
+@pytest.mark.parametrize('name', [*OPTIMIZERS, *SPECIAL])
+def test_without_guards_it_is_the_plain_optimiser(name):
+    c = AdaptationConfig(lr=.02, optimizer=SPECIAL.get(name, name), max_grad_norm=None, trust_radius=None, mode='continual')
+    model = make('layer')
+    plain, adapter = copy.deepcopy(model), create_adapter(model, c)
+    optimizer = c.make_optimizer(list(plain.parameters()))
+    for i in range(4):
+        batch = data('layer', i)
+        optimizer.zero_grad(), cross_entropy(plain(**batch), batch).backward(), optimizer.step()
+        assert adapter.adapt(cross_entropy, batch)['steps'] == 1
+    torch.testing.assert_close(values(model), values(plain), rtol=1e-6, atol=1e-7)
+
+
+def test_clipping_as_pytorch_does_it():
+    model, batch = make('none'), data('none')
+    plain, adapter = copy.deepcopy(model), create_adapter(model, AdaptationConfig(lr=1., optimizer='sgd', max_grad_norm=.01, trust_radius=None))
+    cross_entropy(plain(**batch), batch).backward()
+    norm = nn.utils.clip_grad_norm_(plain.parameters(), .01)
+    torch.optim.SGD(plain.parameters(), 1.).step()
+    assert math.isclose(adapter.adapt(cross_entropy, batch)['grad_norm'], norm.item(), rel_tol=1e-5)
+    torch.testing.assert_close(values(model), values(plain), rtol=1e-5, atol=1e-6)
+
+
+# --- stacks
+
+def stack_loss(adapter, factor=1.):
+    "A small network for each task; x is [M, B, D], factor [M] can break tasks."
+    def loss(_, x):
+        p = adapter.params
+        return factor * (torch.tanh(x @ p['w'] + p['b'].unsqueeze(1)) @ p['v'].unsqueeze(-1)).square().mean((1, 2))
+    return loss
+
+
+def theta(seed, M, dtype=torch.float64): return {k: random([seed, i], M, *shape, dtype=dtype) for i, (k, shape) in enumerate(dict(w=(D, 3), b=(3,), v=(3,)).items())}
+
+
+@given(st.data(), seeds, optimizers | st.sampled_from(list(SPECIAL.values())))
+def test_a_stack_is_its_tasks_one_by_one(data, seed, optimizer):
+    M, params = 3, theta(seed, 3)
+    c = AdaptationConfig(lr=10.**data.draw(st.floats(-4, 0)), optimizer=optimizer, steps=data.draw(st.integers(1, 2)), max_step=data.draw(st.sampled_from([None, .01])),
+                         max_grad_norm=data.draw(st.sampled_from([None, .1])), ema_decay=.9, ema_anchor=data.draw(flags))
+    whole, alone = create_adapter(params, c, stacked=True), [create_adapter({k: v[m:m + 1] for k, v in params.items()}, c, stacked=True) for m in range(M)]
+    for t in range(3):
+        x, factor = random([seed, 9, t], M, 5, D, dtype=torch.float64), torch.tensor(data.draw(st.lists(st.sampled_from([1., 1., math.nan, math.inf]), min_size=M, max_size=M)), dtype=torch.float64)
+        info = whole.adapt(stack_loss(whole, factor), x)
+        for m, one in enumerate(alone):
+            report = one.adapt(stack_loss(one, factor[m:m + 1]), x[m:m + 1])
+            for k, v in report.items(): torch.testing.assert_close(info[k][m:m + 1], v, equal_nan=True)
+            torch.testing.assert_close({k: v[m:m + 1] for k, v in whole.params.items()}, one.params)
+    for k in whole.counters: assert whole.counters[k].tolist() == [one.counters[k].item() for one in alone]
+
+
+@given(seeds, optimizers, st.integers(0, 2), st.sampled_from([math.nan, math.inf]))
+def test_a_broken_task_harms_no_other(seed, optimizer, broken, poison):
+    c = AdaptationConfig(lr=.01, optimizer=optimizer, ema_decay=.9)
+    params, others = theta(seed, 3, torch.float32), [m for m in range(3) if m != broken]
+    ill, well = (create_adapter(params, c, stacked=True) for _ in range(2))
+    for t in range(4):
+        x = random([seed, t], 3, 5, D)
+        well.adapt(stack_loss(well), x)
+        if t % 2: x[broken] = poison
+        before = ill.state_dict()
+        ill.adapt(stack_loss(ill), x)
+        if t % 2:
+            for k, v in ill.state_dict().items():
+                if k.startswith(('tensors', 'now')): assert torch.equal(v[broken], before[k][broken]), k
+    for k, v in ill.state_dict().items():
+        if k.startswith(('tensors', 'now')): torch.testing.assert_close(v[others], well.state_dict()[k][others])
+    assert ill.counters['skipped'][broken] == 2 and not ill.counters['skipped'][others].any()
+
+
+@pytest.mark.parametrize('kind', ['layer', 'ssm'])
+def test_a_module_is_a_stack_of_one(kind):
+    model, batch, c = make(kind), data(kind), AdaptationConfig(lr=.01, ema_decay=.9, ema_anchor=True, max_step=.005)
+    alone, stack = create_adapter(model, c), create_adapter({k: v.unsqueeze(0) for k, v in model.named_parameters()}, c, stacked=True)
+    call = lambda b: torch.func.functional_call(copy.deepcopy(model), {k: v[0] for k, v in stack.params.items()}, (b['x'],))
+    for _ in range(4): assert alone.adapt(cross_entropy, batch)['loss'] == pytest.approx(stack.adapt(lambda o, b: cross_entropy(o, b).unsqueeze(0), batch, call)['loss'].item(), rel=1e-6)
+    for k, v in model.named_parameters(): torch.testing.assert_close(stack.params[k][0], v.detach())
+
+
+# --- what is borrowed is given back
+
+def disturb(what, model, adapter, batch):
+    "Something that may happen inside a context."
+    poisoned = batch | {'x': batch['x'] * math.nan}
+    with torch.no_grad():
+        if what == 'adapt': adapter.adapt(cross_entropy, batch)
+        elif what == 'own loss': adapter.adapt(None, batch)
+        elif what == 'nan': assert adapter.adapt(cross_entropy, poisoned)['skipped'] == 1
+        elif what == 'single': adapter.adapt(cross_entropy, {k: v[:1] for k, v in batch.items()})
+        elif what == 'train': model.train()
+        elif what == 'eval': model.eval()
+        elif what == 'forward': model.norm.train(), model(**poisoned)
+        elif what == 'freeze': model.requires_grad_(False)
+        elif what == 'write': [t.mul_(2) for t in (*model.parameters(), *model.buffers())]
+        elif what == 'replace': model.head.weight = nn.Parameter(torch.zeros(7, 7), requires_grad=False)
+        elif what == 'no buffers': [setattr(model.norm, k, None) for k, _ in model.norm.named_buffers()]
+        elif what == 'reset': adapter.reset()
+        elif what == 'returns': adapter.observe_return(1.), adapter.observe_return(0.), adapter.restore_best()
+        elif what == 'using':
+            with adapter.using(): model(**batch)
+        elif what == 'raise': raise ZeroDivisionError
+        elif what == 'raise in forward': adapter.adapt(cross_entropy, batch, lambda _: 1 / 0)
+        elif what == 'raise in loss': adapter.adapt(lambda *_: 1 / 0, batch)
+
+
+MOVES = ['adapt', 'own loss', 'nan', 'single', 'train', 'eval', 'forward', 'freeze', 'write', 'reset', 'returns', 'using', 'raise in forward', 'raise in loss']
+
+
+def memory(adapter): return {k: v for k, v in adapter.state_dict().items() if not k.startswith(('counters', 'monitors'))}
+
+
+@pytest.mark.parametrize('kind', MODELS)
+@settings(max_examples=20)
+@given(st.sampled_from(['none', 'tent']), flags, flags, st.integers(0, 2), st.lists(st.sampled_from(MOVES), max_size=5), st.sampled_from(['adapt', 'raise', 'replace', 'no buffers']))
+def test_leaving_the_context_gives_everything_back(kind, strategy, training, used, depth, moves, last):
+    model, batch = make(kind).train(training), data(kind)
+    next(model.parameters()).requires_grad_(False)
+    adapter = create_adapter(model, AdaptationConfig(lr=.05, ema_decay=.9), strategy)
+    if used: adapter.adapt(cross_entropy, batch), adapter.observe_return(.5)
+    everything = lambda: dict(model.named_parameters()) | dict(model.named_buffers())
+    tensors, before, settings_, own = everything(), values(model), flags_of(model), memory(adapter)
+    def enter(level):
+        inside = values(model)
+        with adapter.context(model):
+            for what in moves:
+                try: disturb(what, model, adapter, batch)
+                except ZeroDivisionError: pass
+                except ValueError as error: assert 'more than 1 value per channel' in str(error)  # a single sample in training mode
+            if level: enter(level - 1)
+            if last == 'raise' or level == depth: disturb(last, model, adapter, batch)
+        assert_same(values(model), inside)
+    try: enter(depth)
+    except ZeroDivisionError: assert last == 'raise'
+    assert all(everything()[k] is t for k, t in tensors.items())
+    assert_same(values(model), before)
+    assert_same(memory(adapter), own)
+    assert flags_of(model) == settings_ and not any(m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize('mode', ['episodic', 'continual'])
+@pytest.mark.parametrize('kind', MODELS)
+def test_continual_keeps_values_and_nothing_else(kind, mode):
+    model, batch = make(kind).eval(), data(kind)
+    adapter, before, settings_ = create_adapter(model, AdaptationConfig(lr=.05, mode=mode), 'tent'), values(model), flags_of(model)
+    with adapter.context(model): model.train(), model.head.requires_grad_(False), adapter.adapt(None, batch)
+    assert flags_of(model) == settings_ and (adapter.drift() > 0) == (mode == 'continual')
+    for k, _ in model.named_buffers(): assert torch.equal(model.state_dict()[k], before[k])
+
+
+@given(st.sampled_from(MODELS), st.lists(st.sampled_from(MOVES), max_size=5), st.sampled_from(['none', 'tent']))
+def test_reset_is_a_new_adapter(kind, moves, strategy):
+    model, batch, c = make(kind).eval(), data(kind), AdaptationConfig(lr=.05, ema_decay=.9, mode='continual')
+    before, adapter = values(model), create_adapter(model, c, strategy)
+    for what in moves:
+        try: disturb(what, model, adapter, batch)
+        except (ZeroDivisionError, ValueError): pass
+    adapter.reset()
+    assert_same(values(model), before)
+    assert adapter.drift() == 0 and not any(v.any() for v in adapter.counters.values())
+    model.eval(), model.requires_grad_(True)
+    new = create_adapter(copy.deepcopy(model), c, strategy)
+    for a in (adapter, new): a.adapt(cross_entropy, batch), a.observe(a.target(**batch)), a.observe_return(1.)
+    assert_same(adapter.state_dict(), new.state_dict())
+
+
+@pytest.mark.parametrize('kind', MODELS)
+@pytest.mark.parametrize('training', [False, True])
+def test_none_without_a_loss_is_the_identity(kind, training):
+    model, calls = make(kind).train(training), []
+    adapter = create_adapter(model, AdaptationConfig(steps=3))
+    before, settings_ = values(model), flags_of(model)
+    model.register_forward_hook(lambda *_: calls.append('forward'))
+    for p in model.parameters(): p.register_hook(lambda g: calls.append('gradient'))
+    with adapter.context(model): info = adapter.adapt(None, data(kind), lambda _: calls.append('fwd_fn'))
+    info |= adapter.adapt()
+    assert calls == [] and info['steps'] == info['skipped'] == info['drift'] == 0
+    assert_same(values(model), before)
+    assert flags_of(model) == settings_
+
+
+def test_a_refused_batch_leaves_no_trace():
+    model, batch = make('batch').train(), data('batch')
+    adapter = create_adapter(model, AdaptationConfig(lr=.05, steps=2, mode='continual'))
+    adapter.adapt(cross_entropy, batch)
+    before = memory(adapter)
+    assert 'tensors/norm.running_mean' in before and adapter.adapt(cross_entropy, batch | {'x': batch['x'] * math.inf})['skipped'] == 2
+    assert_same(memory(adapter), before)
+
+
+# --- where it is called from, and what it leaves alone
+
+@pytest.mark.parametrize('strategy', ['none', 'tent'])
+@pytest.mark.parametrize('B', [1, 8])
+@pytest.mark.parametrize('kind', MODELS)
+def test_works_in_any_mode_and_draws_no_random_number(kind, B, strategy):
+    def run(mode):
+        model, batch = make(kind).eval(), data(kind, B=B)
+        adapter = create_adapter(model, AdaptationConfig(lr=.05, steps=2, ema_decay=.9), strategy)
+        generators = torch.get_rng_state(), np.random.get_state()[1].tolist(), python_random.getstate()
+        with mode():
+            with adapter.context(model):
+                adapter.observe(model(**batch), batch), adapter.adapt(cross_entropy, batch)
+                if strategy == 'tent': adapter.adapt(None, batch)
+                assert adapter.counters['skipped'] == 0 and adapter.drift() > 0
+                adapted = values(model)
+        assert torch.equal(torch.get_rng_state(), generators[0]) and (np.random.get_state()[1].tolist(), python_random.getstate()) == generators[1:]
+        assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled() and all(p.grad is None for p in model.parameters())
+        return adapted
+    expected = run(nullcontext)
+    assert_same(run(torch.no_grad), expected)
+    assert_same(run(torch.inference_mode), expected)
+
+
+@pytest.mark.parametrize('strategy', ['none', 'tent'])
+@pytest.mark.parametrize('kind', MODELS)
+def test_making_an_adapter_changes_nothing(kind, strategy):
+    model = make(kind)
+    model.head.requires_grad_(False)
+    before, settings_, batch = values(model), flags_of(model), data(kind)
+    model.head.weight.grad = grad = torch.ones_like(model.head.weight)
+    adapter = create_adapter(model, AdaptationConfig(lr=.05), strategy)
+    assert flags_of(model) == settings_ and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert_same(values(model), before)
+    adapter.adapt(cross_entropy, batch)
+    assert flags_of(model) == settings_ and model.head.weight.grad is grad and grad.eq(1).all()
+    assert_same({k: v for k, v in values(model).items() if k.startswith('head')}, {k: v for k, v in before.items() if k.startswith('head')})
+
+
+@pytest.mark.parametrize('wrong, message', [(lambda o, b: o['logits'].sum(1), r'shape \(8,\)'), (lambda o, b: cross_entropy(o, b).detach(), 'does not depend'),
+                                            (lambda o, b: torch.zeros((), requires_grad=True), 'does not depend'), (lambda o, b: torch.tensor(1), 'does not depend')])
+def test_a_wrong_loss_is_an_error_and_no_step(wrong, message):
+    model = make('batch').eval()
+    adapter, before = create_adapter(model, AdaptationConfig(lr=.05)), values(model)
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match=message): adapter.adapt(wrong, data('batch'))
+    assert_same(values(model), before)
+    assert not any(p.requires_grad for p in model.parameters()) and adapter.counters['steps'] == 0
+
+
+class Odd(nn.Module):
+    "A scalar, nothing, two precisions, two names for one tensor, a frozen and an unused parameter, subnormal numbers."
+    def __init__(self):
+        super().__init__()
+        self.scale, self.empty, self.tiny = nn.Parameter(torch.tensor(2.)), nn.Parameter(torch.zeros(0, 3)), nn.Parameter(torch.full((2,), 1e-42))
+        self.one, self.two, self.low, self.wide = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3).bfloat16(), nn.Linear(3, 3).double()
+        self.two.weight, self.frozen, self.unused = self.one.weight, nn.Parameter(torch.ones(2), requires_grad=False), nn.Parameter(torch.ones(2))
+
+    def forward(self, x): return self.scale * self.wide(self.low(self.two(self.one(x)).bfloat16()).double()) + self.tiny.sum() + self.frozen.sum() + self.empty.sum()
+
+
+@pytest.mark.parametrize('optimizer', OPTIMIZERS)
+def test_odd_parameters(optimizer):
+    model, x = Odd(), random(0, 5, 3)
+    adapter, before = create_adapter(model, AdaptationConfig(lr=.5, optimizer=optimizer, max_grad_norm=None, mode='continual')), values(model)
+    for _ in range(3): info = adapter.adapt(lambda o, b: (o - 1).square().mean(), x)
+    assert adapter.counters['steps'] == 3 and 0 < info['drift'] <= adapter.learner.radius.item() * (1 + 1e-6)
+    assert model.two.weight is model.one.weight and not model.frozen.requires_grad
+    moved = {k for k, v in values(model).items() if not torch.equal(v, before[k])}
+    assert {'scale', 'one.weight', 'two.weight', 'wide.weight', 'low.bias', 'tiny'} <= moved and not moved & {'frozen', 'unused', 'empty'}
+    adapter.reset()
+    assert_same(values(model) | {k: v.float() for k, v in values(model).items() if k.startswith('low')}, before | {k: v.float() for k, v in before.items() if k.startswith('low')})
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.complex64, torch.int64])
+def test_other_dtypes_are_refused(dtype):
+    with pytest.raises(ValueError, match=r'float32, float64 and bfloat16 can be adapted'): create_adapter({'w': torch.ones(2, 3).to(dtype)}, stacked=True)
+
+
+# --- interruptions
+
+@settings(max_examples=30)
+@given(st.data(), seeds, flags, optimizers | st.sampled_from(list(SPECIAL.values())))
+def test_saved_and_loaded_is_uninterrupted(tmp_path_factory, data_, seed, stacked, optimizer):
+    path, c = tmp_path_factory.mktemp('saved') / 'a.npz', AdaptationConfig(lr=.01, optimizer=optimizer, ema_decay=data_.draw(st.sampled_from([None, .9])), mode='continual')
+    kind, stop, broken = data_.draw(st.sampled_from(MODELS)), data_.draw(st.integers(0, 4)), data_.draw(st.integers(0, 5))
+    def start():
+        return create_adapter(theta(seed, 3, torch.float32), c, stacked=True) if stacked else create_adapter(make(kind, seed).train(), c)
+    def step(a, t):
+        factor, returns = math.nan if t == broken else 1., random([seed, t], 3 if stacked else 1).numpy()
+        if stacked: a.adapt(stack_loss(a, torch.tensor([1., factor, 1.])), random([seed, 8, t], 3, 5, D))
+        else: a.adapt(lambda o, b: factor * cross_entropy(o, b), data(kind, t))
+        a.observe(dict(logits=random([seed, 7, t], 3, 2, K)), feats=random([seed, 6, t], 3, 2, D)), a.observe_return(returns), a.restore_best(tolerance=.5)
+    whole, parts = start(), start()
+    for a in (whole, parts): a.calibrate(random([seed, 5], 20, D))
+    for t in range(4):
+        if t == stop:
+            parts.save(path)
+            parts = start()
+            parts.load(path)
+            assert_same(parts.state_dict(), whole.state_dict())
+        for a in (whole, parts): step(a, t)
+    assert_same(parts.state_dict(), whole.state_dict())
+    if not stacked: assert_same(values(parts.target), values(whole.target))
+
+
+@given(st.data())
+def test_files_cut_short_are_refused(tmp_path_factory, data_):
+    path, adapter = tmp_path_factory.mktemp('cut') / 'a.npz', create_adapter(make('batch'), AdaptationConfig(ema_decay=.9))
+    adapter.adapt(cross_entropy, data('batch')), adapter.save(path)
+    content, before = path.read_bytes(), adapter.state_dict()
+    path.write_bytes(content[:data_.draw(st.integers(0, len(content) - 1))])
+    with pytest.raises(ValueError, match='damaged') as info: adapter.load(path)
+    assert str(path) in str(info.value) and '\n' not in str(info.value)
+    assert_same(adapter.state_dict(), before)
+
+
+def test_foreign_files_are_refused(tmp_path):
+    path, adapter = tmp_path / 'x.npz', create_adapter(make('batch'))
+    before, header = adapter.state_dict(), dict(format=adapter.format, format_version=adapter.format_version)
+    def refused(words, target=adapter):
+        with pytest.raises(ValueError, match=words): target.load(path)
+        assert_same(adapter.state_dict(), before)
+    refused('does not exist')
+    SSM(SSMConfig(2, 2, 2)).save(path)
+    refused("holds 'ssm_metarl.SSM'")
+    write_npz(path, header | dict(format_version=99), {})
+    refused('format_version 99')
+    write_npz(path, header, {})
+    refused('does not fit')
+    adapter.save(path)
+    refused('does not fit', create_adapter(make('layer')))
+    refused('does not fit', create_adapter(make('batch').double()))
+    refused('does not fit', create_adapter(make('batch'), AdaptationConfig(ema_decay=.9)))
+    refused('does not fit', create_adapter(make('batch'), AdaptationConfig(include='head.*')))
+
+
+@given(seeds, st.lists(st.lists(st.sampled_from([-math.inf, -1., 0., 1., 2., math.nan]), min_size=2, max_size=2), min_size=1, max_size=6), st.sampled_from([0., 1.]))
+def test_going_back_to_the_best(seed, history, tolerance):
+    adapter = create_adapter(theta(seed, 2), AdaptationConfig(lr=.01), stacked=True)
+    best, best_return = [{k: v[m].clone() for k, v in adapter.params.items()} for m in range(2)], [-math.inf] * 2
+    for t, returns in enumerate(history):
+        adapter.adapt(stack_loss(adapter), random([seed, t], 2, 5, D, dtype=torch.float64)), adapter.observe_return(returns)
+        now = [{k: v[m].clone() for k, v in adapter.params.items()} for m in range(2)]
+        for m in range(2):
+            if returns[m] > best_return[m]: best[m], best_return[m] = now[m], returns[m]
+        back = adapter.restore_best(tolerance)
+        for m in range(2):
+            assert back[m] == (not returns[m] >= best_return[m] - tolerance)
+            assert_same({k: v[m] for k, v in adapter.params.items()}, best[m] if back[m] else now[m])
+
+
+# --- defects found in the codebases that others start from (reference: torch-ttt, Tent, EATA, MEMO, SAR)
+
+def test_tent_uses_the_statistics_of_the_batch_and_gives_the_stored_ones_back():
+    model, seen = make('batch').eval(), []
+    x = data('batch')['x']
+    before, home, entered = values(model), model(x)['logits'], model.encoder(x)
+    adapter = create_adapter(model, AdaptationConfig(lr=.05, mode='continual'), 'tent')
+    model.norm.register_forward_hook(lambda m, args, out: seen.append(out.detach()))
+    adapter.adapt(batch=dict(x=x))
+    torch.testing.assert_close(seen[0], F.batch_norm(entered, None, None, model.norm.weight * 0 + 1, model.norm.bias * 0, training=True).detach())
+    adapter.reset()
+    assert_same(values(model), before)
+    assert torch.equal(model(x)['logits'], home)
+
+
+def test_memory_lasts_in_continual_mode_until_reset():
+    model, clock = make('none'), lambda: adapter.learner.optimizer['head.weight']['clock'].item()
+    adapter = create_adapter(model, AdaptationConfig(mode='continual'))
+    for n in (1, 2):
+        with adapter.context(model): adapter.adapt(cross_entropy, data('none'))
+        assert clock() == n
+    adapter.reset()
+    assert clock() == 0
+    adapter.adapt(cross_entropy, data('none'))
+    assert clock() == 1  # nothing of before comes back
+
+
+@pytest.mark.parametrize('B', [1, 5])
+def test_no_reliable_sample_is_no_step_and_no_nan(B):
+    model, batch = make('layer'), data('layer', B=B)
+    adapter, before = create_adapter(model, AdaptationConfig(lr=.05, optimizer='sgd'), 'tent'), values(model)
+    info = adapter.adapt(None, batch | {'mask': torch.zeros(B, dtype=torch.bool)}, lambda b: model(b['x']))
+    assert (info['loss'], info['grad_norm'], info['skipped']) == (0, 0, 0)
+    assert_same(values(model), before)
+
+
+def test_norm_layers_are_found_or_their_absence_is_said(capsys):
+    for kind, names in (('batch', 2), ('layer', 2), ('group', 2), ('ssm', 2), ('images', 2)):
+        adapter = create_adapter(make(kind), AdaptationConfig(modules='*Norm*'), 'tent')
+        assert adapter.weights.selected == ['norm.weight', 'norm.bias'] and adapter.adapt(None, data(kind, B=1))['steps'] == 1
+    with pytest.raises(ValueError, match=r"'\*Norm\*' matches nothing; there are Linear"): create_adapter(make('none'), AdaptationConfig(modules='*Norm*'), 'tent')
+    assert create_adapter(make('none'), strategy='tent').adapt(None, data('none', B=1))['steps'] == 1
+    assert capsys.readouterr() == ('', '')
+
+
+@settings(max_examples=20)
+@given(seeds, st.sampled_from(MODELS))
+def test_tent_lowers_the_entropy_of_its_batch(seed, kind):
+    adapter = create_adapter(make(kind, seed).eval(), AdaptationConfig(lr=1e-3, optimizer='sgd', mode='continual'), 'tent')
+    losses = [adapter.adapt(None, data(kind, seed))['loss'] for _ in range(5)]
+    assert all(b <= a + 1e-6 for a, b in zip(losses, losses[1:])) and losses[-1] < losses[0]
+
+
+# --- monitors
+
+@given(seeds, st.integers(1, 4), st.floats(-2, 2))
+def test_uncertainty_adds_up(seed, S, e):
+    logits = 10.**e * random(seed, S, 5, K, dtype=torch.float64)
+    u, p = uncertainty([dict(logits=x) for x in logits]), logits.softmax(-1).numpy()
+    np.testing.assert_allclose(u['entropy'], stats.entropy(p.mean(0), axis=-1), atol=1e-9)
+    np.testing.assert_allclose(u['variance'], (p.mean(0) * (1 - p.mean(0))).sum(-1), atol=1e-9)
+    if S == 1: assert u['mutual_information'] is u['epistemic_variance'] is None
+    else:
+        np.testing.assert_allclose(u['entropy'] - u['mutual_information'], stats.entropy(p, axis=-1).mean(0), atol=1e-9)
+        assert (u['mutual_information'] >= 0).all() and (u['mutual_information'] <= math.log(min(K, S)) + 1e-9).all()
+
+
+@given(seeds, st.floats(0, .99))
+def test_moving_moments_are_weighted_averages(seed, decay):
+    x, mask, moments, rng = random(seed, 4, 2, 3, 2, dtype=torch.float64), torch.rand(4, 2, 3, generator=generator(seed, 1)) < .6, Moments(decay), range(2)
+    for batch, m in zip(x, mask): moments.update(batch, m)
+    for m in rng:
+        seen = [t for t in range(4) if mask[t, m].any()]
+        if not seen: continue
+        samples = np.concatenate([x[t, m][mask[t, m]].numpy() for t in seen])
+        w = np.concatenate([np.full(n := mask[t, m].sum().item(), (decay or 1e-300)**(len(seen) - 1 - i) / n) for i, t in enumerate(seen)])
+        np.testing.assert_allclose(moments.mean[m], np.average(samples, axis=0, weights=w), atol=1e-9)
+        np.testing.assert_allclose(moments.var[m], np.average((samples - np.average(samples, axis=0, weights=w))**2, axis=0, weights=w), atol=1e-9)
+        np.testing.assert_allclose(moments.samples[m], w.sum()**2 / (w**2).sum(), rtol=1e-9)
+
+
+# --- the seed's examples, with another import
+
+@pytest.fixture
+def registry(monkeypatch): monkeypatch.setattr(module, 'STRATEGIES', dict(module.STRATEGIES))
+
+
+@pytest.mark.parametrize('kind', MODELS)
+def test_minimal_usage_example(kind):
+    model, batch = make(kind), data(kind)
+    before = values(model)
+
+    adapter = create_adapter(model, AdaptationConfig(lr=5e-5, entropy_weight=0.01), strategy="tent")
+    ssm_hook = SSMHook(adapter).attach(model)
+
+    def fwd(batch):
+        return model(**batch)
+
+    def loss_fn(outputs, batch):
+        y = batch["labels"]
+        logits = outputs["logits"]
+        return F.cross_entropy(logits, y)
+
+    with adapter.context(model):
+        outputs = fwd(batch)
+        feats = ssm_hook.features(batch)
+        mf = adapter.observe(outputs, batch, feats)
+        info = adapter.adapt(loss_fn, batch, fwd_fn=fwd)
+
+    entropy = torch.distributions.Categorical(logits=outputs['logits']).entropy().mean()
+    assert info['loss'] == pytest.approx((loss_fn(outputs, batch) + .01 * entropy).item(), rel=1e-5) and mf['entropy'] == pytest.approx(entropy.item(), rel=1e-5)
+    assert info['steps'] == 1 and 0 < info['drift'] <= adapter.learner.radius.item() and feats.shape[0] == 8
+    assert_same(values(model), before)
+
+
+def test_extending_adaptation_strategies(registry):
+    def some_regularizer(outputs, batch): return outputs['logits'].square().mean()
+
+    @register_adaptation_strategy("my_strategy")
+    class MyStrategy(AdaptationStrategy):
+        def post_loss(self, loss, outputs, batch):
+            reg = some_regularizer(outputs, batch)
+            return loss + 0.1 * reg
+
+    model, batch = make('ssm'), data('ssm')
+    outputs = model(**batch)
+    adapter, reg = create_adapter(model, strategy='my_strategy'), .1 * some_regularizer(outputs, batch)
+    with adapter.context(model): assert adapter.adapt(cross_entropy, batch)['loss'] == pytest.approx((cross_entropy(outputs, batch) + reg).item(), rel=1e-5)
+    with adapter.context(model): assert adapter.adapt(None, batch)['loss'] == pytest.approx(reg.item(), rel=1e-5)
+    with pytest.raises(ValueError, match='registered already, by MyStrategy'): register_adaptation_strategy('my_strategy')(MyStrategy)
