@@ -34,7 +34,8 @@ def leaves_unchanged(folder, pattern, *command):
 def in_a_kernel(name):
     "Execute a notebook as JupyterLab would, in small."
     with tempfile.TemporaryDirectory() as folder:
-        return run('jupyter', 'nbconvert', '--execute', '--to', 'notebook', '--output-dir', folder, f'nbs/{name}.ipynb', IN_TEST='1', MPLBACKEND='')
+        return run('jupyter', 'nbconvert', '--execute', '--ExecutePreprocessor.timeout=600', '--to', 'notebook', '--output-dir', folder, f'nbs/{name}.ipynb',
+                   IN_TEST='1', MPLBACKEND='')
 
 
 CHECKS = {
