@@ -502,7 +502,7 @@ class Monitors:
 
     @torch.no_grad()
     def observe(self, outputs, batch, feats, anchor) -> dict: # name -> [M], or None
-        "As `Adapter.observe`."
+        "As in `Adapter`."
         members = list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
         report = uncertainty(members) | ({} if anchor is None else distance_from(members[0], anchor))
         report = {k: None if v is None else task_mean(v, batch, self.stacked) for k, v in report.items()}
@@ -851,7 +851,7 @@ def create_adapter(
 
 # %% ../nbs/05_adapter.ipynb #050060
 class SSMHook:
-    "Features of a model as it runs, for `Adapter.observe`."
+    "Features of a model as it runs, for an `Adapter` to observe."
 
     def __init__(self,
                  adapter: Adapter): # of the model
@@ -902,7 +902,7 @@ class SSMHook:
 
 
 class MetaRLHook:
-    "Losses of reinforcement learning for `Adapter.adapt`: a number, or one per task [M] for a stack."
+    "Losses of reinforcement learning, for an `Adapter`: a number, or one per task [M] for a stack."
 
     def __init__(self,
                  adapter: Adapter, # whether it has a stack decides about the shape

@@ -129,7 +129,7 @@ def stratified_interval(
 def crossed_interval(
     x, # returns, [S, M]: S seeds, all on the same M tasks
     statistic = iqm, # function of an array that takes `axis`
-    level: float = 0.95, # confidence; a little more than promised for many seeds, less for fewer than five
+    level: float = 0.95, # confidence; too short for few seeds, too long where the noise of single episodes dominates
     seed: int = 0, # of the resampling
     n_resamples: int = 2000, # resamples
 ) -> tuple: # low, high; (nan, nan) for S = 1 or M = 1

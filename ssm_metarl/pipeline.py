@@ -312,7 +312,7 @@ def policy_batch(
     advantage: Tensor, # [M, K, T]
     mask: Tensor = None, # bool [M, K, T]: steps that count; None: all real ones
 ) -> dict: # what the adapter hands to the functions below
-    "Experience in the form that `Adapter.adapt` takes."
+    "Experience in the form that the functions below take."
     return dict(traj=traj, advantage=advantage, mask=traj.mask if mask is None else mask)
 
 
@@ -321,7 +321,7 @@ def adaptation_functions(
     adapter: Adapter, # holds the parameters of M tasks
     meta: MetaConfig, # the inner loss that was meta-trained
     weight: Tensor, # weight of each task's loss: length of its step, [M]
-) -> dict: # loss_fn and fwd_fn for `Adapter.adapt`
+) -> dict: # loss_fn and fwd_fn, as `Adapter` takes them
     "The inner loop's own loss, as a function of the adapter's parameters."
     def fwd(batch):
         return policy.functional(adapter.params, policy_inputs(policy, batch['traj']), reset=batch['traj'].memory_reset)

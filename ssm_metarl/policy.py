@@ -66,13 +66,13 @@ class PolicyConfig:
     "Sizes and initial values of an `SSMMetaPolicy`."
     hidden_dim: int = 64 # H, width of the encoder, of the core's input and output and of the features
     state_dim: int = 32 # N, real numbers of SSM state
-    init: str = 'lru' # eigenvalues of the core: 'lru' or 'legs'
-    init_log_std: float = -0.5 # initial log standard deviation of a Gaussian action, in action units
+    init: str = 'lru' # eigenvalues of the core: 'lru', 'legs' or 'real', as in `SSMConfig`
+    init_log_std: float = -0.5 # initial log standard deviation of a Gaussian action, in units of half the action range
     min_log_std: float = -2.5 # floor of the same; keeps exploring, and log-probabilities finite
     history: bool = False # also see the previous action, reward and episode start (RL^2 needs it)
 
     def __post_init__(self):
-        if self.hidden_dim < 1: raise ValueError(f'hidden_dim={self.hidden_dim} is not a positive integer')
+        SSMConfig(self.hidden_dim, self.state_dim, init=self.init)  # checks the first three
         if self.min_log_std > self.init_log_std: raise ValueError(f'min_log_std={self.min_log_std} is above init_log_std={self.init_log_std}; lower it')
 
 # %% ../nbs/01_policy.ipynb #010045
@@ -206,5 +206,5 @@ class SSMMetaPolicy(nn.Module):
     def to_env(self,
                action: np.ndarray, # what the policy chose: [..., A] in units of half the action range, or int [...]
               ) -> np.ndarray: # what the environment takes
-        "Scale an action to the environment's range: -1 and 1 become the bounds of a bounded Box."
-        return action if self.discrete else self.action_centre + self.action_scale * action
+        "Scale an action to the environment's range: -1 and 1 become the bounds of a bounded Box, 0 the start of a Discrete space."
+        return action + self.action_space.start if self.discrete else self.action_centre + self.action_scale * action

@@ -119,11 +119,12 @@ def policy_inputs(
 def require_finite(
     what: str, # what the numbers are, for the message
     *tensors: Tensor, # each [M, ...]
+    start: int = 0, # index of the first task
 ):
     "Raises FloatingPointError that names the tasks whose numbers are not all finite."
     ok = torch.stack([x.isfinite().reshape(len(x), -1).all(1) for x in tensors]).all(0)  # [M]
     if not ok.all():
-        raise FloatingPointError(f'{what} of tasks {torch.nonzero(~ok).flatten().tolist()} are not finite; look at these tasks, or lower inner_lr')
+        raise FloatingPointError(f'{what} of tasks {(torch.nonzero(~ok).flatten() + start).tolist()} are not finite; look at these tasks, or lower inner_lr')
 
 # %% ../nbs/03_rollout.ipynb #030033
 class Rollout:
@@ -139,7 +140,7 @@ class Rollout:
                  deterministic: bool = False): # the most likely action instead of a sample
         if not tasks: raise ValueError('tasks is empty; give at least one, as sample_tasks does')
         M, K = self.shape = len(tasks), config.num_envs
-        self.policy, self.like, self.time_limit = policy, next(policy.parameters()), config.time_limit
+        self.policy, self.like, self.time_limit, self.start = policy, next(policy.parameters()), config.time_limit, start
         self.env = EnvBatch(replace(config, num_envs=M * K), [task for task in tasks for _ in range(K)])
         self.noise = None if deterministic else self._tensor(action_noise(policy, M, K, config.time_limit, config.seed, purpose, key, start))
         self.obs, _ = self.env.reset(seed=env_seeds(M, K, config.seed, purpose, key, start))
@@ -171,7 +172,7 @@ class Rollout:
         out, self.memory = act(torch.cat([obs, self.past], -1), self.memory)
         action = choose_action(out, None if self.noise is None else self.noise[:, :, len(self.steps)])
         logp = action_log_prob(out, action)
-        require_finite('action probabilities', logp)
+        require_finite('action probabilities', logp, start=self.start)
         self.obs, reward, terminated, truncated, _ = env.step(self.policy.to_env(action.cpu().numpy().reshape(env.num_envs, *action.shape[2:])))
         reward = batched(reward)
         if self.policy.config.history: self.past = history(self.policy, action, reward)

@@ -15,8 +15,8 @@ from torch.linalg import vector_norm
 from torch.nn import functional as F
 
 from ssm_metarl import adapter as module
-from ssm_metarl.adapter import (OPTIMIZERS, AdaptationConfig, AdaptationStrategy, Moments, SSMHook, create_adapter, flatten, project,
-                                register_adaptation_strategy, uncertainty)
+from ssm_metarl.adapter import (OPTIMIZERS, AdaptationConfig, AdaptationStrategy, Moments, SSMHook, create_adapter, flatten, guard, keeps_promise, project,
+                                register_adaptation_strategy, round_towards, uncertainty)
 from ssm_metarl.ssm import SSM, SSMConfig, write_npz
 
 torch.set_num_threads(1)
@@ -137,17 +137,40 @@ def test_no_step_breaks_a_promise(data, seed, stacked, M, dtype):
         for g in grads.values():
             if g.numel() and rng.random() < .2: g.view(-1)[rng.integers(g.numel())] = rng.choice([np.inf, -np.inf, np.nan])
         loss = torch.from_numpy(np.where(rng.random(M) < .2, rng.choice([np.inf, np.nan], M), 1.))
-        old, average = rows(), None if adapter.learner.average is None else adapter.learner.average.numpy().copy()
+        old, average, own = rows(), None if adapter.learner.average is None else adapter.learner.average.numpy().copy(), adapter.learner.optimizer
+        broken = ~(loss.isfinite() & flatten(grads).isfinite().all(1)).numpy()
         if not stacked: grads, loss = {k: g[0] for k, g in grads.items()}, loss[0]
         info = adapter.adapt(given_loss(adapter, loss, grads), fwd_fn=lambda _: None)
         new, skipped = rows(), np.atleast_1d(info['skipped']) == 1
-        assert np.isfinite(new).all() and (new[skipped] == old[skipped]).all() and skipped[~np.isfinite(np.atleast_1d(loss))].all()
+        assert np.isfinite(new).all() and (new[skipped] == old[skipped]).all() and skipped[broken].all()
+        for k, state in own.items():
+            kept = torch.from_numpy(skipped) & (state['clock'] > 0)  # before the first step there is nothing to remember
+            for key, v in state.items(): assert torch.equal(adapter.learner.optimizer[k][key][kept], v[kept]), (k, key)
+            assert torch.equal(adapter.learner.optimizer[k]['clock'][skipped], state['clock'][skipped])
         assert (np.linalg.norm(new - centre, axis=1) <= radius).all()
         assert c.max_step is None or (np.abs(new - old) <= c.max_step).all()
         if c.ema_decay is not None: assert (np.linalg.norm(adapter.learner.average.numpy() - centre, axis=1) <= radius).all()
-        if c.ema_anchor: assert (np.linalg.norm(new - average, axis=1) <= radius).all()
+        if c.ema_anchor: assert (np.linalg.norm(new - average, axis=1) <= radius + torch.finfo(dtype).eps * np.linalg.norm(new, axis=1)).all()
         np.testing.assert_allclose(np.atleast_1d(info['drift']), np.linalg.norm(new - centre, axis=1))
         np.testing.assert_allclose(np.atleast_1d(info['step_norm']), np.linalg.norm(new - old, axis=1))
+
+
+@settings(max_examples=100)
+@given(seeds, st.sampled_from([torch.float32, torch.bfloat16]), st.none() | st.floats(-6, 2), st.floats(-4, 3), flags, st.floats(-6, 6), st.floats(-6, 6))
+def test_guards_refuse_no_finite_proposal_and_leave_a_good_one_alone(seed, dtype, step, distance, anchored, size, wild):
+    source, noise, drift, far = ({'w': random([seed, i], 3, 40, dtype=torch.float64)} for i in range(4))
+    source, radius, max_step = {'w': (10.**size * source['w']).to(dtype)}, torch.full((3,), 10.**(size + distance), dtype=torch.float64), None if step is None else 10.**(step + size)
+    centre = flatten(source)
+    start = round_towards(project(centre + radius.mean() * drift['w'], centre, radius), source)
+    average = project(flatten(start) + radius.mean() * noise['w'], centre, radius) if anchored else None
+    if anchored: start = round_towards(project(project(flatten(start), average, radius), centre, radius), source)
+    proposal = {'w': (flatten(start) + 10.**(size + wild) * far['w']).to(dtype)}
+    new, bounded, projected = guard(proposal, start, source, radius, max_step, average)
+    assert keeps_promise(new, start, source, radius, max_step).all()
+    if anchored: assert (vector_norm(flatten(new) - average, dim=1) <= radius + torch.finfo(dtype).eps * vector_norm(flatten(new), dim=1)).all()
+    quiet = ~(bounded | projected)
+    assert torch.equal(new['w'][quiet], proposal['w'][quiet])
+    if max_step is None: assert projected[vector_norm(flatten(proposal) - centre, dim=1) > radius].all()
 
 
 @given(seeds, st.floats(-3, 3))
@@ -258,6 +281,7 @@ def disturb(what, model, adapter, batch):
         elif what == 'replace': model.head.weight = nn.Parameter(torch.zeros(7, 7), requires_grad=False)
         elif what == 'no buffers': [setattr(model.norm, k, None) for k, _ in model.norm.named_buffers()]
         elif what == 'reset': adapter.reset()
+        elif what == 'observe': adapter.observe(model(**batch), batch, batch['x'].flatten(1))
         elif what == 'returns': adapter.observe_return(1.), adapter.observe_return(0.), adapter.restore_best()
         elif what == 'using':
             with adapter.using(): model(**batch)
@@ -266,7 +290,7 @@ def disturb(what, model, adapter, batch):
         elif what == 'raise in loss': adapter.adapt(lambda *_: 1 / 0, batch)
 
 
-MOVES = ['adapt', 'own loss', 'nan', 'single', 'train', 'eval', 'forward', 'freeze', 'write', 'reset', 'returns', 'using', 'raise in forward', 'raise in loss']
+MOVES = ['adapt', 'own loss', 'observe', 'nan', 'single', 'train', 'eval', 'forward', 'freeze', 'write', 'reset', 'returns', 'using', 'raise in forward', 'raise in loss']
 
 
 def memory(adapter): return {k: v for k, v in adapter.state_dict().items() if not k.startswith(('counters', 'monitors'))}
@@ -436,7 +460,7 @@ def test_other_dtypes_are_refused(dtype):
 def test_saved_and_loaded_is_uninterrupted(tmp_path_factory, data_, seed, stacked, optimizer):
     path, c = tmp_path_factory.mktemp('saved') / 'a.npz', AdaptationConfig(lr=.01, optimizer=optimizer, ema_decay=data_.draw(st.sampled_from([None, .9])), mode='continual')
     kind, stop, broken = data_.draw(st.sampled_from(MODELS)), data_.draw(st.integers(0, 4)), data_.draw(st.integers(0, 5))
-    def start():
+    def start(seed=seed):
         return create_adapter(theta(seed, 3, torch.float32), c, stacked=True) if stacked else create_adapter(make(kind, seed).train(), c)
     def step(a, t):
         factor, returns = math.nan if t == broken else 1., random([seed, t], 3 if stacked else 1).numpy()
@@ -448,7 +472,7 @@ def test_saved_and_loaded_is_uninterrupted(tmp_path_factory, data_, seed, stacke
     for t in range(4):
         if t == stop:
             parts.save(path)
-            parts = start()
+            parts = start(seed + 1)
             parts.load(path)
             assert_same(parts.state_dict(), whole.state_dict())
         for a in (whole, parts): step(a, t)

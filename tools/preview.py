@@ -26,7 +26,7 @@ class Page(HTMLParser):
         attrs = dict(attrs)
         if tag == 'a' and attrs.get('href'): self.links.append(attrs['href'])
         if tag == 'img' and attrs.get('src'): self.links.append(attrs['src'])
-        self.anchors |= {attrs[k].lower() for k in ('id', 'name') if attrs.get(k)}
+        self.anchors |= {unquote(attrs[k]).lower() for k in ('id', 'name') if attrs.get(k)}
 
 
 def sidebar(items):
@@ -36,20 +36,28 @@ def sidebar(items):
         else: yield from sidebar(item.get('contents', [])) if 'contents' in item else [item['href']]
 
 
+def page_name(path):
+    "Name of a processed notebook's page: its front matter says so, as for Quarto (04_maml.ipynb becomes maml.html)."
+    first = nbformat.read(path, 4).cells[0]
+    about = yaml.safe_load(first.source.strip('- \n')) if first.cell_type == 'raw' else {}
+    return about.get('output-file', f'{path.stem}.html')
+
+
 def build():
     "HTML of every notebook, into _preview; returns page name -> text."
     proc_nbs(force=True, n_workers=0)
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir()
     nav = list(sidebar(yaml.safe_load(Path('_quarto.yml').read_text())['website']['sidebar']['contents']))
-    menu = ' | '.join(f'<a href="{Path(x).stem}.html">{Path(x).stem}</a>' for x in nav)
+    names = {path.name: page_name(path) for path in sorted(Path('_proc').glob('*.ipynb'))}
+    menu = ' | '.join(f'<a href="{names.get(x, x)}">{Path(x).stem}</a>' for x in nav)
     pages = {}
-    for path in sorted(Path('_proc').glob('*.ipynb')):
-        nb = nbformat.read(path, 4)
+    for notebook, name in names.items():
+        nb = nbformat.read(Path('_proc') / notebook, 4)
         for cell in nb.cells:  # links between notebooks become links between pages
-            if cell.cell_type == 'markdown': cell.source = re.sub(r'\]\(([\w-]+)\.ipynb', r'](\1.html', cell.source)
+            if cell.cell_type == 'markdown': cell.source = re.sub(r'\]\(([\w-]+\.ipynb)', lambda m: f']({names.get(m[1], m[1])}', cell.source)
         body, _ = HTMLExporter(template_name='basic').from_notebook_node(nb)
-        pages[f'{path.stem}.html'] = f'<!doctype html><meta charset="utf-8"><title>{path.stem}</title><nav>{menu}</nav>{body}'
+        pages[name] = f'<!doctype html><meta charset="utf-8"><title>{name}</title><nav>{menu}</nav>{body}'
     for name, text in pages.items(): (OUT / name).write_text(text, encoding='utf-8')
     for folder in Path('nbs').glob('images'): shutil.copytree(folder, OUT / folder.name)
     return pages, nav

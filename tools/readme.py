@@ -5,7 +5,8 @@ from pathlib import Path
 
 import nbformat
 
-HIDDEN = re.compile(r'^#\|\s*(hide|echo:\s*false|default_exp|export\b)', re.M)
+HIDDEN = re.compile(r'^#\|\s*(hide|default_exp|export\b)', re.M)
+OUTPUT_ONLY = re.compile(r'^#\|\s*echo:\s*false', re.M)
 
 
 def outputs_as_text(cell):
@@ -19,6 +20,7 @@ def cell_as_markdown(cell):
     if HIDDEN.search(cell.source): return ''
     code = '\n'.join(line for line in cell.source.splitlines() if not line.startswith('#|'))
     shown = outputs_as_text(cell)
+    if OUTPUT_ONLY.search(cell.source): return shown.rstrip()
     return f'```python\n{code}\n```' + (f'\n\n{shown.rstrip()}' if shown else '')
 
 
