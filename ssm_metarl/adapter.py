@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'STRATEGIES', 'flatten', 'split', 'per_task', 'clip_gradient', 'project', 'round_towards', 'within_step',
-           'guard', 'keeps_promise', 'choose', 'TaskState', 'optimizer_step', 'AdaptationConfig', 'select_parameters',
-           'AdaptationStrategy', 'register_adaptation_strategy', 'make_strategy', 'NoStrategy', 'batch_statistics',
-           'softmax_entropy', 'is_categorical', 'Tent', 'uncertainty', 'distance_from', 'task_samples', 'task_mean',
-           'Moments', 'FeatureMonitor', 'Monitors', 'Weights', 'preserved', 'requires_grad', 'GuardedLearner',
-           'Adapter', 'create_adapter', 'SSMHook', 'MetaRLHook']
+           'guard', 'keeps_promise', 'choose', 'TaskState', 'optimizer_step', 'blank_state', 'finite_rows',
+           'AdaptationConfig', 'select_parameters', 'AdaptationStrategy', 'register_adaptation_strategy',
+           'make_strategy', 'NoStrategy', 'batch_statistics', 'softmax_entropy', 'is_categorical', 'Tent',
+           'uncertainty', 'distance_from', 'task_samples', 'task_mean', 'Moments', 'FeatureMonitor', 'Monitors',
+           'Weights', 'preserved', 'requires_grad', 'GuardedLearner', 'Adapter', 'create_adapter', 'SSMHook',
+           'MetaRLHook']
 
 # %% ../nbs/05_adapter.ipynb #050003
 import weakref
@@ -111,7 +112,7 @@ def guard(
     proposal, start, centre = flatten(new), flatten(old), flatten(source)
     rows = proposal
     if max_step is not None:
-        spacing = max(torch.finfo(v.dtype).eps for v in old.values()) * (start.abs() + max_step)  # room for rounding
+        spacing = flatten({k: torch.finfo(v.dtype).eps * (v.double().abs() + max_step) for k, v in old.items()})  # room for rounding
         limit = (max_step - spacing).clamp(min=0)
         rows = torch.minimum(torch.maximum(rows, start - limit), start + limit)
     bounded, clamped = (rows != proposal).any(1), rows
@@ -140,10 +141,10 @@ def keeps_promise(
 def choose(
     mask: Tensor, # bool [M]
     yes: dict, # name -> [M, ...]
-    no: dict, # may know names that `yes` does not know yet
+    no: dict, # likewise
 ) -> dict: # name -> [M, ...]
     "Rows of one where the mask says so, rows of the other elsewhere."
-    return {k: torch.where(per_task(mask, v), yes[k], v) if k in yes else v for k, v in no.items()}
+    return {k: torch.where(per_task(mask, v), yes[k], v) for k, v in no.items()}
 
 
 @dataclass
@@ -158,7 +159,7 @@ class TaskState:
               other: 'TaskState', # earlier
              ) -> 'TaskState':
         "These rows where the mask says so, the other's elsewhere."
-        optimizer = {k: choose(mask, self.optimizer[k], {**v, **other.optimizer[k]}) for k, v in self.optimizer.items()}
+        optimizer = {k: choose(mask, v, other.optimizer[k]) for k, v in self.optimizer.items()}
         average = None if self.average is None else torch.where(per_task(mask, self.average), self.average, other.average)
         return TaskState(choose(mask, self.params, other.params), optimizer, average)
 
@@ -198,6 +199,24 @@ def optimizer_step(
     group = torch.stack([state[k]['clock'] for k in grads], 1).unique(dim=0, return_inverse=True)[1]
     for g in group[live.cpu()].unique(): _step_rows(make_optimizer, params, grads, state, (live.cpu() & (group == g)).nonzero().flatten())
     return params, state
+
+
+def blank_state(
+    make_optimizer: Callable, # as above
+    params: dict, # name -> [M, ...]
+) -> dict: # name -> key -> zeros [M, ...]
+    "State of an optimiser that has not stepped yet, with all keys that it will have."
+    M = len(next(iter(params.values())))
+    state = optimizer_step(make_optimizer, params, {k: torch.zeros_like(v) for k, v in params.items()},
+                           {k: {'clock': torch.zeros(M, dtype=torch.long)} for k in params}, torch.ones(M, dtype=torch.bool))[1]
+    return {k: {key: torch.zeros_like(v) for key, v in own.items()} for k, own in state.items()}
+
+
+def finite_rows(
+    state: dict, # of an optimiser, name -> key -> [M, ...]
+) -> Tensor: # bool [M]
+    "Whose state is finite? The square of a large gradient may not be."
+    return torch.stack([v.reshape(len(v), -1).isfinite().all(1).cpu() for own in state.values() for v in own.values()]).all(0)
 
 # %% ../nbs/05_adapter.ipynb #050033
 @dataclass(frozen=True)
@@ -252,14 +271,15 @@ def select_parameters(
 ) -> list: # names
     "Names of the parameters to adapt. Raises ValueError for a pattern without a match and for an empty selection."
     module = isinstance(target, nn.Module)
-    tensors = dict(target.named_parameters()) if module else target
+    tensors, named = (dict(target.named_parameters()), dict(target.named_parameters(remove_duplicate=False))) if module else (target, target)
+    aliases = {k: [name for name, other in named.items() if other is v] for k, v in tensors.items()}  # a tied parameter has several
     classes = {k: type(target.get_submodule(k.rpartition('.')[0])).__name__ for k in tensors} if module else dict.fromkeys(tensors, '')
-    for field, known in (('include', tensors), ('exclude', tensors), ('modules', classes.values())):
+    for field, known in (('include', named), ('exclude', named), ('modules', classes.values())):
         for pattern in getattr(config, field):
             if not any(fnmatchcase(name, pattern) for name in known):
                 raise ValueError(f'{field}: {pattern!r} matches nothing; there are {", ".join(dict.fromkeys(known)) or "no parameters"}')
-    match = lambda name, patterns: any(fnmatchcase(name, p) for p in patterns)
-    names = [k for k, v in tensors.items() if match(k, config.include) and not match(k, config.exclude) and match(classes[k], config.modules)
+    match = lambda names, patterns: any(fnmatchcase(name, p) for name in names for p in patterns)
+    names = [k for k, v in tensors.items() if match(aliases[k], config.include) and not match(aliases[k], config.exclude) and match([classes[k]], config.modules)
              and (v.requires_grad or not module or not config.trainable_only)]
     if not names: raise ValueError('no parameter is left to adapt; widen include or modules, narrow exclude, or set trainable_only=False for a frozen model')
     for k in names:
@@ -331,8 +351,9 @@ class NoStrategy(AdaptationStrategy):
     "Adds nothing: the guarded step goes downhill on the caller's loss; without a loss, nothing happens at all."
 
 # %% ../nbs/05_adapter.ipynb #050041
-def _choose_statistics(norm, args):  # forward pre-hook of a batch norm layer
-    norm.training = args[0].numel() > args[0].shape[1]  # more than one value per channel
+def _choose_statistics(norm, args, kwargs):  # forward pre-hook of a batch norm layer
+    x = next(iter((*args, *kwargs.values())))
+    norm.training = x.numel() > x.shape[1]  # more than one value per channel
 
 
 @contextmanager
@@ -341,7 +362,7 @@ def batch_statistics(
 ):
     "Batch norm with the statistics of the batch (Nado et al., 2020), or the stored ones where a batch has a single value; nothing is stored."
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    before = [(m, m.training, m.track_running_stats, m.register_forward_pre_hook(_choose_statistics)) for m in norms]
+    before = [(m, m.training, m.track_running_stats, m.register_forward_pre_hook(_choose_statistics, with_kwargs=True)) for m in norms]
     try:
         for m in norms: m.training, m.track_running_stats = True, False
         yield
@@ -508,7 +529,9 @@ class Monitors:
         report = {k: None if v is None else task_mean(v, batch, self.stacked) for k, v in report.items()}
         h = report['entropy'].reshape(-1, 1, 1)
         self.entropy.update(h, h.isfinite()[..., 0])
-        if feats is not None: self.features.moments.update(*task_samples(feats.detach(), batch, self.stacked, dims=1))
+        if feats is not None:
+            x, mask = task_samples(feats.detach(), batch, self.stacked, dims=1)
+            self.features.moments.update(x, mask & x.isfinite().all(-1))
         return report | dict(entropy_ema=self.entropy.mean[:, 0]) | self.features.shift()
 
     def state(self) -> dict: # nested
@@ -531,22 +554,29 @@ class Weights:
         kind = Mapping if stacked else nn.Module
         if not isinstance(target, kind):
             raise TypeError(f'a {type(target).__name__} was given with stacked={stacked}; give an nn.Module, or a dict of tensors [M, ...] with stacked=True')
+        tasks = {k: len(v) if v.dim() else 0 for k, v in target.items()} if stacked else {}
+        if stacked and (len(set(tasks.values())) != 1 or 0 in tasks.values()):
+            raise ValueError(f'the first dimension of each tensor must be the number of tasks; they are {tasks}')
         self.stacked, self.selected = stacked, select_parameters(target, config)
         self.buffers = () if stacked else tuple(dict(target.named_buffers()))
-        self.tensors = {k: v.detach().clone() for k, v in target.items()} if stacked else dict(target.named_parameters()) | dict(target.named_buffers())
-        tasks = {k: len(v) if v.dim() else 0 for k, v in self.tensors.items()} if stacked else {}
-        if len(set(tasks.values())) > 1: raise ValueError(f'the first dimension of each tensor must be the number of tasks; they are {tasks}')
+        self.target = {k: v.detach().clone() for k, v in target.items()} if stacked else target
         self.num_tasks = tasks[self.selected[0]] if stacked else 1
+
+    @property
+    def tensors(self) -> dict: # name -> tensor
+        "The tensors that the target has now; a forward pass may have assigned a buffer anew."
+        return self.target if self.stacked else dict(self.target.named_parameters()) | dict(self.target.named_buffers())
 
     def values(self, names=None) -> dict: # copies of all tensors, or of some
         "Where things stand."
-        return {k: self.tensors[k].detach().clone() for k in (self.tensors if names is None else names)}
+        return {k: v.detach().clone() for k, v in self.tensors.items() if names is None or k in names}
 
     @torch.no_grad()
     def put(self,
             values: dict): # name -> tensor, some or all
         "Write values into the tensors."
-        for k, v in values.items(): self.tensors[k].copy_(v)
+        tensors = self.tensors
+        for k, v in values.items(): tensors[k].copy_(v)
 
     def rows(self,
              values: dict = None, # whose; None: the tensors as they are
@@ -561,17 +591,28 @@ class Weights:
         self.put(rows if self.stacked else {k: v.squeeze(0) for k, v in rows.items()})
 
 
+def _give_back(module, name, tensor, data):  # the tensor that was there, its memory that was there, and, if it fits, the value of today
+    now = getattr(module, name, None)
+    if tensor is not None and (now is not tensor or tensor.data_ptr() != data.data_ptr()):
+        value = None if now is None else now.detach()
+        tensor.data = data
+        if value is not None and value.shape == data.shape: data.copy_(value)
+    if now is not tensor: setattr(module, name, tensor)
+
+
 @contextmanager
 def preserved(
     model: nn.Module, # whose parts and flags
 ):
-    "Afterwards each module has its parameters, buffers and boolean settings (`training`, ...) again, each parameter its `requires_grad`."
-    modules = [(m, dict(m._parameters), dict(m._buffers), {k: v for k, v in vars(m).items() if isinstance(v, bool)}) for m in model.modules()]
+    "Afterwards each module has its own parameters and buffers again, of the same type, its boolean settings (`training`, ...), each parameter its `requires_grad`."
+    modules = [(m, {k: (t, None if t is None else t.data) for k, t in (m._parameters | m._buffers).items()},
+                {k: v for k, v in vars(m).items() if isinstance(v, bool)}) for m in model.modules()]
     with requires_grad(list(model.parameters())):
         try: yield
         finally:
-            for m, parameters, buffers, flags in modules:
-                for own, before in ((m._parameters, parameters), (m._buffers, buffers)): own.clear(), own.update(before)
+            for m, own, flags in modules:
+                for k in (m._parameters | m._buffers).keys() - own.keys(): delattr(m, k)
+                for k, (tensor, data) in own.items(): _give_back(m, k, tensor, data)
                 vars(m).update(flags)
 
 
@@ -600,13 +641,19 @@ class GuardedLearner:
 
     def begin(self):
         "As if nothing had been learned; the weights are left alone."
-        c, M, self.centre = self.config, self.weights.num_tasks, self.weights.rows(self.source)
-        norm = vector_norm(flatten(self.centre), dim=1)
-        if c.trust_radius is not None and c.radius_relative and not norm.all():
-            raise ValueError('the selected parameters are all 0, so a relative radius is 0 too; set radius_relative=False')
-        self.radius = None if c.trust_radius is None else c.trust_radius * (norm if c.radius_relative else torch.ones_like(norm))
-        self.optimizer = {k: {'clock': torch.zeros(M, dtype=torch.long)} for k in self.centre}
-        self.average = None if c.ema_decay is None else flatten(self.centre)
+        self.centre = self.weights.rows(self.source)
+        self.radius = self.radius_around(self.centre)
+        self.optimizer = blank_state(self.config.make_optimizer, self.centre)
+        self.average = None if self.config.ema_decay is None else flatten(self.centre)
+
+    def radius_around(self,
+                      centre: dict, # name -> [M, ...]
+                     ) -> Tensor: # [M], or None
+        "Radius of the trust region around a source. Raises ValueError for a relative one around 0."
+        c, norm = self.config, vector_norm(flatten(centre), dim=1)
+        if c.trust_radius is None: return None
+        if c.radius_relative and not norm.all(): raise ValueError('the selected parameters are all 0, so a relative radius is 0 too; set radius_relative=False')
+        return c.trust_radius * (norm if c.radius_relative else torch.ones_like(norm))
 
     def state(self) -> TaskState:
         "All that the tasks own."
@@ -629,12 +676,14 @@ class GuardedLearner:
             ) -> tuple: # measured, counted: name -> [M]
         "A transaction: each task takes a step that keeps all promises, or none."
         c, old = self.config, self.state()
+        if not keeps_promise(old.params, old.params, self.centre, self.radius).all():
+            raise ValueError('the weights are not finite or lie outside the trust region, and not by a step of this adapter; make a new one after loading or training a model')
         grads, grad_norm = clip_gradient(grads, c.max_grad_norm)
         live = loss.isfinite() & grad_norm.isfinite()
         params, optimizer = optimizer_step(c.make_optimizer, old.params, grads, old.optimizer, live)
         params, bounded, projected = guard(params, old.params, self.centre, self.radius, c.max_step, self.average if c.ema_anchor else None)
         average = None if c.ema_decay is None else torch.lerp(flatten(params), self.average, c.ema_decay)
-        done = live & keeps_promise(params, old.params, self.centre, self.radius, c.max_step)
+        done = live & finite_rows(optimizer).to(live.device) & keeps_promise(params, old.params, self.centre, self.radius, c.max_step)
         self.put(new := TaskState(params, optimizer, average).where(done, old))
         clipped = grad_norm > (torch.inf if c.max_grad_norm is None else c.max_grad_norm)
         step_norm = vector_norm(flatten(new.params) - flatten(old.params), dim=1)
@@ -662,6 +711,7 @@ class Adapter:
 
     format, format_version = 'ssm_metarl.Adapter', 1
 
+    @torch.inference_mode(False)
     def __init__(self,
                  target, # nn.Module, updated in place; or dict name -> [M, ...], parameters of M tasks, copied
                  config: AdaptationConfig = AdaptationConfig(), # how, what, how far
@@ -671,6 +721,7 @@ class Adapter:
         self.weights, self.strategy = Weights(target, config, stacked), make_strategy(strategy)
         self.learner, self.monitors = GuardedLearner(self.weights, config), Monitors(config.monitor_decay, stacked)
         self._forget()
+        if getattr(self.strategy, 'adapter', self) is not self: raise ValueError(f'this {type(self.strategy).__name__} serves another adapter already; make a new one for each')
         self.strategy.adapter = self
         self.strategy.configure(self)
 
@@ -690,6 +741,7 @@ class Adapter:
         "Distance of the adapted parameters from the source: Euclidean norm over all of them."
         return self._report(self.learner.drift())
 
+    @torch.inference_mode(False)
     def reset(self):
         "Give the source back bit for bit, parameters and buffers, and forget what was learned; the monitors keep the source's statistics."
         self.weights.put(self.learner.source)
@@ -702,21 +754,22 @@ class Adapter:
         if model is not None and model is not self.target: raise ValueError(f'this adapter was made for another {type(self.target).__name__}; make one for this model')
         values = self.weights.values() if self.config.mode == 'episodic' else None
         memory = self.learner.optimizer, self.learner.average, self.best, self.best_return, self.last_return
-        with self._settings():
-            self._depth += 1
-            try: yield self
-            finally:
-                self._depth -= 1
-                if values is not None:
-                    self.weights.put(values)
-                    self.learner.optimizer, self.learner.average, self.best, self.best_return, self.last_return = memory
+        try:
+            with self._settings():
+                self._depth += 1
+                try: yield self
+                finally: self._depth -= 1
+        finally:
+            if values is not None:
+                self.weights.put(values)
+                self.learner.optimizer, self.learner.average, self.best, self.best_return, self.last_return = memory
 
     @contextmanager
-    def _settings(self):  # those that the strategy needs, once if contexts are nested
+    def _settings(self):  # the model's own are preserved; the strategy's are made once, if contexts are nested
         with ExitStack() as exits:
-            if not self.stacked and not self._depth:
+            if not self.stacked:
                 exits.enter_context(preserved(self.target))
-                exits.enter_context(self.strategy.context(self.target))
+                if not self._depth: exits.enter_context(self.strategy.context(self.target))
             yield
 
     @contextmanager
@@ -724,8 +777,9 @@ class Adapter:
               rows: dict = None): # name -> [M, ...]; None: the source
         "Other values of the adapted parameters for a while: `with adapter.using(): anchor = fwd(batch)` asks the source."
         now = self.weights.rows()
-        self.weights.put_rows(self.learner.centre if rows is None else rows)
-        try: yield
+        try:
+            self.weights.put_rows(self.learner.centre if rows is None else rows)
+            yield
         finally: self.weights.put_rows(now)
 
     def averaged(self) -> dict: # name -> [M, ...], for `using`
@@ -741,23 +795,25 @@ class Adapter:
         "Take `config.steps` guarded steps, also under no_grad. Raises ValueError for a loss of the wrong shape or without gradient."
         M = self.weights.num_tasks
         info = dict.fromkeys(('loss', 'grad_norm', 'step_norm'), torch.zeros(M)) | {k: torch.zeros_like(v) for k, v in self.counters.items() if k != 'restored'}
-        leaves = [self.weights.tensors[k] for k in self.weights.selected]
+        tensors = self.weights.tensors
+        leaves = [tensors[k] for k in self.weights.selected]
         with self._settings(), torch.inference_mode(False), torch.enable_grad(), requires_grad(leaves, True):
             for _ in range(self.config.steps if loss_fn is not None or self.strategy.has_loss else 0):
                 buffers = self.weights.values(self.weights.buffers)
                 measured, counted = self.learner.step(*self._gradients(loss_fn, batch, fwd_fn))
                 if buffers and counted['skipped'].any(): self.weights.put(buffers)  # a refused batch leaves no trace
                 info |= measured | {k: info[k] + v for k, v in counted.items()}
-                for k, v in counted.items(): self.counters[k] += v
+                for k, v in counted.items(): self.counters[k] = self.counters[k] + v
         return {k: self._report(v) for k, v in (info | dict(drift=self.learner.drift())).items()}
 
     def _gradients(self, loss_fn, batch, fwd_fn):  # loss [M], gradients name -> [M, ...]
         outputs = fwd_fn(batch) if fwd_fn is not None else None if self.stacked else self.target(**batch) if isinstance(batch, Mapping) else self.target(batch)
         loss = self.strategy.own_loss(outputs, batch) if loss_fn is None else self.strategy.post_loss(loss_fn(outputs, batch), outputs, batch)
         M, names = self.weights.num_tasks, self.weights.selected
-        if loss.numel() != M or self.stacked and loss.dim() != 1:
-            raise ValueError(f'the loss has shape {tuple(loss.shape)}; it must be {f"[{M}], one number per task" if self.stacked else "a single number"}')
-        grads = torch.autograd.grad(loss.sum(), [self.weights.tensors[k] for k in names], allow_unused=True) if loss.requires_grad else ()
+        if not isinstance(loss, Tensor) or loss.numel() != M or self.stacked and loss.dim() != 1:
+            raise ValueError(f'the loss is {f"of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)}; it must be {f"[{M}], one number per task" if self.stacked else "a single number"}')
+        tensors = self.weights.tensors
+        grads = torch.autograd.grad(loss.sum(), [tensors[k] for k in names], allow_unused=True) if loss.requires_grad else ()
         grads = {k: g if self.stacked else g.unsqueeze(0) for k, g in zip(names, grads) if g is not None}
         if not grads: raise ValueError(f'the loss does not depend on any of {", ".join(names)}; compute it from their outputs, without detaching them')
         return loss.detach().reshape(M), grads
@@ -787,6 +843,7 @@ class Adapter:
         "Entropy, confidence, variance, epistemic measures, feature shift; only moving statistics are changed."
         return {k: self._report(v) for k, v in self.monitors.observe(outputs, batch, feats, anchor).items()}
 
+    @torch.inference_mode(False)
     def observe_return(self,
                        returns): # estimated return under the current weights, [M] or a number
         "Remember the weights of each task whose return is its best so far."
@@ -796,6 +853,7 @@ class Adapter:
         self.best = self.learner.state().where(better.to(device), self.best)
         self.best_return, self.last_return = torch.where(better, returns, self.best_return), returns
 
+    @torch.inference_mode(False)
     def restore_best(self,
                      tolerance: float = 0.0, # a fall that is put up with
                     ): # bool [M], or a bool: who went back
@@ -804,7 +862,7 @@ class Adapter:
         fallen = ~(self.last_return >= self.best_return - tolerance)
         self.learner.put(self.best.where(fallen, self.learner.state()))
         self.last_return = torch.where(fallen, self.best_return, self.last_return)
-        self.counters['restored'] += fallen
+        self.counters['restored'] = self.counters['restored'] + fallen
         return self._report(fallen)
 
     def state_dict(self) -> dict: # flat, name -> tensor
@@ -814,15 +872,22 @@ class Adapter:
                     best_return=self.best_return, last_return=self.last_return, counters=self.counters, monitors=self.monitors.state())
         return {k: v.detach().clone() for k, v in _flat(tree).items()}
 
+    @torch.inference_mode(False)
     def load_state_dict(self,
                         state: dict): # of an adapter of the same model and config
-        "Go on from there. Raises ValueError, and changes nothing, if it does not fit."
-        fixed = lambda s: {k: (tuple(v.shape), v.dtype) for k, v in s.items() if k.startswith(('tensors/', 'source/', 'now/params/', 'best/params/')) or k.endswith('/average')}
+        "Go on from there. Raises ValueError, and changes nothing, if it does not fit; RuntimeError inside a context."
+        if self._depth: raise RuntimeError('a context is open; leave it before loading')
+        fixed = lambda s: {k: (tuple(v.shape), v.dtype) for k, v in s.items() if not k.startswith('monitors/') and k != 'last_return'}
         given, needed = fixed(state), fixed(self.state_dict())
         for k in (*needed, *given):
             if given.get(k) != needed.get(k): raise ValueError(f'this state does not fit: {k} is {given.get(k)} there and {needed.get(k)} here; use the same model and config')
         device = self.learner.drift().device
-        tree = _nested({k: v.clone() if v.dim() < 2 and ('/optimizer/' in k or not k.startswith(('tensors/', 'source/', 'monitors/'))) else v.to(device, copy=True) for k, v in state.items()})
+        belongs_there = lambda k, v: v.dim() >= 2 or '/optimizer/' not in k and k.startswith(('tensors/', 'source/', 'monitors/', 'now/params/', 'best/params/'))
+        tree = _nested({k: v.to(device, copy=True) if belongs_there(k, v) else v.clone() for k, v in state.items()})
+        centre = self.weights.rows(tree['source'])
+        for name in ('now', 'best'):
+            if not keeps_promise(tree[name]['params'], tree[name]['params'], centre, self.learner.radius_around(centre)).all():
+                raise ValueError(f'this state does not fit: its weights ({name}) are not finite or lie outside the trust region; use the config that it was saved with')
         self.learner.source = tree['source']
         self.weights.put(tree['tensors'])
         self.learner.begin(), self.learner.put(TaskState(**tree['now']))
@@ -832,12 +897,15 @@ class Adapter:
     def save(self,
              path): # .npz file
         "Write the state atomically: the file is whole, or as it was."
-        write_npz(path, dict(format=self.format, format_version=self.format_version), {k: v.cpu().numpy() for k, v in self.state_dict().items()})
+        write_npz(path, dict(format=self.format, format_version=self.format_version), {k: (v.view(torch.int16) if v.dtype == torch.bfloat16 else v).cpu().numpy() for k, v in self.state_dict().items()})
 
     def load(self,
              path): # .npz file
         "Read a state; no code in the file is run. Raises ValueError if it is not one, or does not fit."
-        self.load_state_dict({k: torch.from_numpy(v) for k, v in read_npz(path, self.format, self.format_version)[1].items()})
+        arrays, dtypes = read_npz(path, self.format, self.format_version)[1], {k: v.dtype for k, v in self.state_dict().items()}
+        try: state = {k: torch.from_numpy(v) for k, v in arrays.items()}
+        except TypeError as error: raise ValueError(f'{path} holds something else than numbers: {error}') from None
+        self.load_state_dict({k: v.view(torch.bfloat16) if dtypes.get(k) == torch.bfloat16 and v.dtype == torch.int16 else v for k, v in state.items()})
 
 
 def create_adapter(
@@ -855,7 +923,7 @@ class SSMHook:
 
     def __init__(self,
                  adapter: Adapter): # of the model
-        self.adapter, self.model, self._handles, self._features, self._input = adapter, None, [], None, lambda: None
+        self.adapter, self.model, self._handles, self._features, self._inputs = adapter, None, [], None, []
 
     def attach(self,
                model: nn.Module, # the adapter's
@@ -880,8 +948,14 @@ class SSMHook:
         self._handles, self._features = [], None
 
     def _begin(self, model, args, kwargs):
-        tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
-        self._features, self._input = None, weakref.ref(tensors[0]) if tensors else lambda: None
+        self._features, self._inputs = None, [(weakref.ref(v), self._version(v)) for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+
+    @staticmethod
+    def _version(tensor): return None if tensor.is_inference() else tensor._version  # counts changes in place
+
+    def _saw(self, batch):  # did the last forward pass see this, as it is now?
+        given = [v for v in (batch.values() if isinstance(batch, Mapping) else [batch]) if isinstance(v, Tensor)]
+        return bool(self._inputs) and all(any(v is ref() and self._version(v) == version for v in given) for ref, version in self._inputs)
 
     def _keep(self, out):
         if isinstance(out, Mapping): out = out['features']
@@ -893,8 +967,7 @@ class SSMHook:
                 ) -> Tensor: # [B, ..., d]
         "Features of this batch: of the last forward pass if that saw it, else of a new one. Raises ValueError if there are none."
         if self.model is None: raise ValueError('the hook listens to no model; call attach(model) first')
-        given = batch.values() if isinstance(batch, Mapping) else [batch]
-        if self._features is None or not any(v is self._input() for v in given if isinstance(v, Tensor)):
+        if self._features is None or not self._saw(batch):
             if hasattr(self.model, 'extract_features'): return self.model.extract_features(batch).detach()
             self.model(**batch) if isinstance(batch, Mapping) else self.model(batch)
         if self._features is None: raise ValueError("no features were seen: name a module in attach, give the model `extract_features`, or 'features' among its outputs")

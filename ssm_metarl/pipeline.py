@@ -7,8 +7,8 @@ __all__ = ['CONFIGS', 'FORMAT', 'FORMAT_VERSION', 'INTEGER', 'NUMBER', 'TEXT', '
            'config_from_dict', 'load_config', 'CheckpointError', 'save_checkpoint', 'load_checkpoint', 'make_learner',
            'writable_folder', 'read_log', 'resume_state', 'train', 'load_policy', 'reference_row', 'evaluate',
            'per_task', 'choose_trajectories', 'AdaptationResult', 'policy_batch', 'adaptation_functions',
-           'adapt_policy', 'online_episode', 'online_advantages', 'evaluate_with_adaptation', 'Train', 'Eval', 'Adapt',
-           'config_flag', 'one_line', 'parse', 'show', 'fail', 'main']
+           'adapt_policy', 'online_episode', 'online_advantages', 'evaluate_with_adaptation', 'check_figure', 'Train',
+           'Eval', 'Adapt', 'config_flag', 'one_line', 'parse', 'show', 'fail', 'main']
 
 # %% ../nbs/08_pipeline.ipynb #080003
 import argparse
@@ -421,6 +421,14 @@ def evaluate_with_adaptation(
 INTEGER, NUMBER, TEXT, FILE = (tyro.conf.arg(metavar=kind) for kind in ('INT', 'FLOAT', 'STR', 'PATH'))
 
 
+def check_figure(
+    path: Path, # where a picture shall go
+):
+    "Raises ValueError or OSError, before any work is done, if it cannot go there."
+    if path.suffix not in ('.png', '.pdf', '.svg'): raise ValueError(f'figure={str(path)!r} must end in .png, .pdf or .svg')
+    writable_folder(path.parent)
+
+
 @dataclass(frozen=True)
 class Train:
     "Meta-train a policy. Checkpoints and a log go to --ckpt-dir."
@@ -465,13 +473,13 @@ class Adapt:
     strategy: Annotated[str | None, TEXT] = None # registered adaptation strategy; default: the config's
     seed: Annotated[int | None, INTEGER] = None # of tasks and noise; default: the config's
     deterministic: bool = False # most likely actions instead of samples
-    figure: Annotated[Path | None, FILE] = None # .png file for a picture of what adaptation did
+    figure: Annotated[Path | None, FILE] = None # .png, .pdf or .svg file for a picture of what adaptation did
     device: str = 'cpu' # where to compute: cpu, cuda, ...
 
     def run(self) -> dict:
         config = None if self.config is None else load_config(self.config)
         changes = {k: v for k in ('lr', 'optimizer', 'strategy') if (v := getattr(self, k)) is not None}
-        if self.figure is not None: writable_folder(self.figure.parent)
+        if self.figure is not None: check_figure(self.figure)
         result = evaluate_with_adaptation(self.checkpoint, config, self.episodes, self.adapt_steps, self.online or None, self.seed,
                                           self.deterministic, self.device, progress=True, **changes)
         if self.figure is not None: plot_adaptation(result).savefig(self.figure, dpi=150)

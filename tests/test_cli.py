@@ -1,0 +1,114 @@
+"The command line as a user meets it: processes, their output and their exit status."
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ssm_metarl.pipeline import main
+
+ROOT = Path(__file__).resolve().parent.parent
+REFERENCES = {'random_return', 'nothing_return', 'oracle_return'}
+PROGRAMS = [[sys.executable, 'main.py'], [sys.executable, '-m', 'ssm_metarl'], [str(Path(sys.executable).parent / 'ssm-metarl')]]
+
+
+def run(*words, program=PROGRAMS[0]):
+    return subprocess.run([*program, *map(str, words)], cwd=ROOT, capture_output=True, text=True, env=os.environ | {'OMP_NUM_THREADS': '1', 'COLUMNS': '100'})
+
+
+def answer(*words):
+    done = run(*words)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('run')
+    return folder, answer('train', '--config', 'basic', '--seed', 3, '--outer-steps', 11, '--tasks-per-batch', 2, '--num-envs', 3, '--time-limit', 12, '--ckpt-dir', folder)
+
+
+def test_three_names_of_one_program():
+    helps = [run('train', '--help', program=p) for p in PROGRAMS]
+    assert {h.returncode for h in helps} == {0} and len({h.stdout for h in helps}) == 1
+    assert '--outer-steps' in helps[0].stdout and '--meta.inner-lr' in helps[0].stdout
+
+
+def test_train(trained):
+    folder, result = trained
+    assert result.keys() == {'outer_steps', 'wall_s', 'env_steps', 'final_pre_return', 'final_post_return', 'checkpoint'}
+    assert result['outer_steps'] == 11 and 0 < result['env_steps'] <= 11 * 2 * 2 * 3 * 12  # some episodes end early
+    assert sorted(p.name for p in folder.iterdir()) == ['latest.npz', 'step_10.npz', 'train.jsonl']
+    with np.load(folder / 'latest.npz', allow_pickle=False) as file:
+        header = json.loads(str(file['header']))
+        assert int(file['step']) == 11 and header['format_version'] == 1 and header['config']['time_limit'] == 12 and 'wall_s' not in str(header)
+
+
+def test_eval_and_adapt_play_the_same_episodes(trained, tmp_path):
+    checkpoint = trained[0] / 'latest.npz'
+    before = answer('eval', '--checkpoint', checkpoint, '--episodes', 7)
+    after = answer('adapt', '--checkpoint', checkpoint, '--episodes', 7, '--adapt-steps', 2, '--online', '--figure', tmp_path / 'a.png')
+    assert before.keys() == {'mean_return', 'std_return', 'episodes'} | REFERENCES
+    assert after.keys() == {'pre_return', 'post_return', 'improvement', 'improvement_ci95', 'normalised_gain', 'hurt_rate', 'returns_by_step', 'episodes'} | REFERENCES
+    assert after['pre_return'] == before['mean_return'] == after['returns_by_step'][0] and len(after['returns_by_step']) == 3
+    assert {k: before[k] for k in REFERENCES} == {k: after[k] for k in REFERENCES} and after['episodes'] == before['episodes'] == 7
+    assert (tmp_path / 'a.png').stat().st_size > 10_000
+    other = answer('eval', '--checkpoint', checkpoint, '--episodes', 7, '--seed', 5)
+    assert other['mean_return'] != before['mean_return'] and answer('eval', '--checkpoint', checkpoint, '--episodes', 7) == before
+
+
+def test_resume_after_a_stop(trained, tmp_path):
+    words = ['train', '--seed', 3, '--tasks-per-batch', 2, '--num-envs', 3, '--time-limit', 12, '--ckpt-dir', tmp_path]
+    answer(*words, '--outer-steps', 10), answer(*words, '--outer-steps', 11, '--resume')
+    with np.load(trained[0] / 'latest.npz') as whole, np.load(tmp_path / 'latest.npz') as parts:
+        for k in set(whole.files) - {'header'}: assert whole[k].tobytes() == parts[k].tobytes(), k
+
+
+def bad_files(folder, checkpoint):
+    content = checkpoint.read_bytes()
+    (folder / 'short.npz').write_bytes(content[:len(content) // 2]), (folder / 'text.npz').write_text('hello'), (folder / 'file').write_text('')
+    np.savez(folder / 'foreign.npz', weights=np.ones(3))
+
+
+@pytest.mark.parametrize('words, status, message', [
+    ('eval --checkpoint {f}/none.npz', 1, 'does not exist'),
+    ('eval --checkpoint {f}/short.npz', 1, 'is damaged'),
+    ('adapt --checkpoint {f}/text.npz', 1, 'is damaged'),
+    ('adapt --checkpoint {f}/foreign.npz', 1, 'is not a ssm_metarl checkpoint'),
+    ('eval --checkpoint {c} --config nav2d', 1, 'does not fit the config'),
+    ('train --config bsaic', 2, "'bsaic' is not one of 'basic', 'nav2d'"),
+    ('train --config {f}/no.toml', 2, 'no such file'),
+    ('train --env-name Nowhere-v0', 2, "'Nowhere-v0' is not one of"),
+    ('train --outer-steps 0', 2, 'outer_steps=0 is not a positive integer'),
+    ('train --tasks-per-batch -3', 2, 'tasks_per_batch=-3'),
+    ('train --num-envs 0', 2, 'num_envs=0'),
+    ('train --seed -1', 2, 'seed=-1'),
+    ('train --meta.inner-lr nan', 2, 'inner_lr=nan'),
+    ('train --ckpt-dir {f}/file/x', 1, 'is not a folder that can be written to'),
+    ('train --ckpt-dir /proc/x', 1, 'is not a folder that can be written to'),
+    ('eval --checkpoint {c} --episodes 0', 2, 'not a positive number'),
+    ('eval --checkpoint {c} --seed -1', 2, 'seed=-1'),
+    ('adapt --checkpoint {c} --adapt-steps -1', 2, 'steps=-1 is negative'),
+    ('adapt --checkpoint {c} --strategy tnet', 2, "'tnet' is not one of 'none', 'tent'"),
+    ('adapt --checkpoint {c} --lr 0', 2, 'lr=0.0 is not a positive number'),
+    ('adapt --checkpoint {c} --figure {f}/file/a.png', 1, 'is not a folder that can be written to'),
+    ('adapt --checkpoint {c} --figure {f}/a.docx', 2, 'must end in .png, .pdf or .svg'),
+    ('eval', 2, '--checkpoint'),
+    ('trian', 2, 'trian'),
+    ('', 2, 'train')])
+def test_what_is_wrong_is_said_in_one_line(words, status, message, trained, tmp_path, capsys):
+    bad_files(tmp_path, trained[0] / 'latest.npz')
+    before = sorted(p.name for p in tmp_path.iterdir())
+    assert main(words.format(f=tmp_path, c=trained[0] / 'latest.npz').split()) == status
+    out, err = capsys.readouterr()
+    assert out == '' and err.count('\n') == 1 and message in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize('words, status', [('eval --checkpoint none.npz', 1), ('train --outer-steps 0', 2)])
+def test_a_process_ends_with_that_status(words, status):
+    done = run(*words.split())
+    assert (done.returncode, done.stdout, done.stderr.count('\n')) == (status, '', 1)
