@@ -673,6 +673,7 @@ class GuardedLearner:
     def step(self,
              loss: Tensor, # [M]
              grads: dict, # name -> [M, ...], of the parameters that the loss depends on
+             scale: Tensor = None, # how much of its step each task takes, in [0, 1], [M]; None: all of it
             ) -> tuple: # measured, counted: name -> [M]
         "A transaction: each task takes a step that keeps all promises, or none."
         c, old = self.config, self.state()
@@ -681,6 +682,7 @@ class GuardedLearner:
         grads, grad_norm = clip_gradient(grads, c.max_grad_norm)
         live = loss.isfinite() & grad_norm.isfinite()
         params, optimizer = optimizer_step(c.make_optimizer, old.params, grads, old.optimizer, live)
+        if scale is not None: params = {k: torch.lerp(old.params[k], v, per_task(scale, v).to(v.dtype)) for k, v in params.items()}
         params, bounded, projected = guard(params, old.params, self.centre, self.radius, c.max_step, self.average if c.ema_anchor else None)
         average = None if c.ema_decay is None else torch.lerp(flatten(params), self.average, c.ema_decay)
         done = live & finite_rows(optimizer).to(live.device) & keeps_promise(params, old.params, self.centre, self.radius, c.max_step)
@@ -791,16 +793,19 @@ class Adapter:
               loss_fn: Callable = None, # (outputs, batch) -> a number, for a stack [M]; None: what the strategy has
               batch=None, # for both functions
               fwd_fn: Callable = None, # batch -> outputs; None: the module is called with the batch, a stack has outputs None
+              scale=None, # how much of the optimiser's step to take, in [0, 1]: a number, for a stack [M]; None: all of it
              ) -> dict: # loss, grad_norm, step_norm of the last step; how many steps, clipped, bounded, projected, skipped; drift
-        "Take `config.steps` guarded steps, also under no_grad. Raises ValueError for a loss of the wrong shape or without gradient."
+        "Take `config.steps` guarded steps, also under no_grad. Raises ValueError for a loss of the wrong shape or without gradient, or a scale outside [0, 1]."
         M = self.weights.num_tasks
+        scale = None if scale is None else torch.as_tensor(scale, dtype=torch.float64).expand(M)
+        if scale is not None and not ((0 <= scale) & (scale <= 1)).all(): raise ValueError(f'scale={scale.tolist()} is not in [0, 1]')
         info = dict.fromkeys(('loss', 'grad_norm', 'step_norm'), torch.zeros(M)) | {k: torch.zeros_like(v) for k, v in self.counters.items() if k != 'restored'}
         tensors = self.weights.tensors
         leaves = [tensors[k] for k in self.weights.selected]
         with self._settings(), torch.inference_mode(False), torch.enable_grad(), requires_grad(leaves, True):
             for _ in range(self.config.steps if loss_fn is not None or self.strategy.has_loss else 0):
                 buffers = self.weights.values(self.weights.buffers)
-                measured, counted = self.learner.step(*self._gradients(loss_fn, batch, fwd_fn))
+                measured, counted = self.learner.step(*self._gradients(loss_fn, batch, fwd_fn), scale)
                 if buffers and counted['skipped'].any(): self.weights.put(buffers)  # a refused batch leaves no trace
                 info |= measured | {k: info[k] + v for k, v in counted.items()}
                 for k, v in counted.items(): self.counters[k] = self.counters[k] + v

@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['CONFIGS', 'FORMAT', 'FORMAT_VERSION', 'INTEGER', 'NUMBER', 'TEXT', 'FILE', 'AdaptConfig', 'ExperimentConfig',
            'config_from_dict', 'load_config', 'CheckpointError', 'save_checkpoint', 'load_checkpoint', 'make_learner',
-           'writable_folder', 'read_log', 'resume_state', 'train', 'load_policy', 'reference_row', 'evaluate',
-           'per_task', 'choose_trajectories', 'AdaptationResult', 'policy_batch', 'adaptation_functions',
-           'adapt_policy', 'online_episode', 'online_advantages', 'evaluate_with_adaptation', 'check_figure', 'Train',
-           'Eval', 'Adapt', 'config_flag', 'one_line', 'parse', 'show', 'fail', 'main']
+           'writable_folder', 'read_log', 'write_log', 'old_files', 'resume_state', 'train', 'load_policy',
+           'reference_row', 'evaluate', 'choose_trajectories', 'AdaptationResult', 'policy_batch',
+           'adaptation_functions', 'adapt_policy', 'online_episode', 'online_advantages', 'evaluate_with_adaptation',
+           'check_figure', 'Train', 'Eval', 'Adapt', 'config_flag', 'one_line', 'parse', 'show', 'fail', 'main']
 
 # %% ../nbs/08_pipeline.ipynb #080003
 import argparse
 import contextlib
 import io
 import json
+import re
 import sys
 import tempfile
 import time
@@ -31,13 +32,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import __version__
-from .adapter import AdaptationConfig, Adapter, create_adapter, make_strategy
+from .adapter import AdaptationConfig, Adapter, MetaRLHook, create_adapter, make_strategy, per_task
 from .envs import EnvConfig, sample_tasks
-from .evaluation import compare, evaluation_trajectories, reference_returns
+from .evaluation import compare, evaluate_returns, evaluation_trajectories, reference_returns
 from .maml import MetaConfig, MetaMAML, stack
 from .plots import plot_adaptation
-from .policy import PolicyConfig, SSMMetaPolicy, action_log_prob
-from .rollout import Rollout, Trajectories, advantages, collect, gae, normalise, policy_inputs, policy_surrogate
+from .policy import PolicyConfig, SSMMetaPolicy
+from .rollout import Rollout, Trajectories, advantages, collect, gae, normalise, policy_inputs
 from .ssm import read_npz, write_npz
 
 # %% ../nbs/08_pipeline.ipynb #080006
@@ -163,7 +164,7 @@ def load_checkpoint(
     try:
         header, state = read_npz(path, FORMAT, FORMAT_VERSION)
         return config_from_dict(ExperimentConfig(), header['config']), state
-    except (ValueError, KeyError) as error: raise CheckpointError(f'no checkpoint of this library: {error}') from None
+    except (ValueError, KeyError) as error: raise CheckpointError(f'checkpoint: {error}') from None
 
 # %% ../nbs/08_pipeline.ipynb #080020
 def make_learner(
@@ -195,9 +196,27 @@ def writable_folder(
 def read_log(
     folder: Path, # that `train` wrote into
 ) -> list: # of dicts, one per outer step
-    "The metrics of a run."
+    "The metrics of a run; a last line that was cut short is left out."
     path = Path(folder) / 'train.jsonl'
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().split('\n')[:-1] if path.exists() else []  # a whole line ends with a newline
+    return [json.loads(line) for line in lines]
+
+
+def write_log(
+    folder: Path, # of the run
+    history: list, # of dicts, one per outer step
+):
+    "Replace the log, atomically."
+    new = Path(folder) / '.train.jsonl'
+    new.write_text(''.join(json.dumps(line) + '\n' for line in history))
+    new.replace(new.with_name('train.jsonl'))
+
+
+def old_files(
+    folder: Path, # of runs
+) -> list: # of paths
+    "What earlier runs left: a new run must not leave it beside its own."
+    return [p for p in Path(folder).glob('*.npz') if re.fullmatch(r'latest|step_\d+', p.stem)]
 
 
 def resume_state(
@@ -219,13 +238,17 @@ def train(
     device: str = 'cpu', # where to compute
     progress: bool = True, # show a bar on stderr
 ) -> dict: # outer_steps, wall_s, env_steps, final_pre_return and final_post_return (means of the last 10 steps), checkpoint
-    "Meta-train: `step_N.npz` every 10 outer steps, `latest.npz` with each and at the end, metrics in `train.jsonl`."
+    "Meta-train: `step_N.npz` every 10 outer steps, `latest.npz` with each and at the end, metrics in `train.jsonl`. Without `resume`, the files of an earlier run there go."
     folder, begin, total = writable_folder(ckpt_dir), time.time(), config.meta.outer_steps
     latest, log = folder / 'latest.npz', folder / 'train.jsonl'
     state = resume_state(latest, config) if resume and latest.exists() else None
     learner = make_learner(config, state, device)
     history = read_log(folder)[:learner.step]
-    log.write_text(''.join(json.dumps(line) + '\n' for line in history))
+    if [line['step'] for line in history] != list(range(learner.step)):
+        raise CheckpointError(f'{log} does not hold the {learner.step} steps of {latest}; restore it, or start anew without --resume')
+    if state is None:
+        for path in old_files(folder): path.unlink()
+    write_log(folder, history)
     bar = tqdm(range(learner.step, total), 'meta-training', total=total, initial=learner.step, unit='step', file=sys.stderr, disable=not progress)
     for step in bar:
         metrics = learner.outer_step(sample_tasks(config.env, config.meta.tasks_per_batch, step=step))
@@ -242,13 +265,13 @@ def train(
 def load_policy(
     checkpoint: Path, # written by `train`
     config: ExperimentConfig = None, # None: the one in the checkpoint
-    seed: int = None, # of tasks and noise; None: the config's
+    seed: int = None, # of tasks and noise; None: the checkpoint's
     device: str = 'cpu', # where to compute
 ) -> tuple: # SSMMetaPolicy, meta-parameters, ExperimentConfig
     "The meta-trained policy of a checkpoint."
     own, state = load_checkpoint(checkpoint)
     config = own if config is None else config
-    if seed is not None: config = replace(config, seed=seed)
+    config = replace(config, seed=own.seed if seed is None else seed)
     learner = make_learner(config, state, device)
     return learner.policy, {k: v.detach() for k, v in learner.params.items()}, config
 
@@ -264,20 +287,17 @@ def evaluate(
     checkpoint: Path, # written by `train`
     config: ExperimentConfig = None, # None: the one in the checkpoint
     episodes: int = 20, # held-out tasks, one episode each
-    seed: int = None, # of tasks and noise; None: the config's
+    seed: int = None, # of tasks and noise; None: the checkpoint's
     deterministic: bool = False, # most likely actions instead of samples
     device: str = 'cpu', # where to compute
 ) -> dict: # mean_return, std_return, episodes, random_return, nothing_return, oracle_return
     "Return without adaptation on tasks that no training can have seen."
     policy, params, config = load_policy(checkpoint, config, seed, device)
     tasks = sample_tasks(config.env, episodes, 'held_out')
-    returns = evaluation_trajectories(policy, stack(params, episodes), tasks, config.env, deterministic).returns[:, 0].cpu().numpy().astype(float)
+    returns = evaluate_returns(policy, stack(params, episodes), tasks, config.env, deterministic)
     return dict(mean_return=float(returns.mean()), std_return=float(returns.std()), episodes=episodes) | reference_row(reference_returns(tasks, config.env))
 
 # %% ../nbs/08_pipeline.ipynb #080036
-def per_task(x, like): return x.view(-1, *[1] * (like.dim() - 1))  # [M] -> [M, 1, ...]
-
-
 def choose_trajectories(
     which: Tensor, # bool [M]
     these: Trajectories, # of M tasks
@@ -297,8 +317,8 @@ class AdaptationResult:
     before: Trajectories # evaluation episodes without adaptation, [M, 1, T]
     after: Trajectories # the same ones after the last step (while adapting on, if online), [M, 1, T]
     drift: np.ndarray # distance of the parameters from the meta-parameters after 0 to S steps, [S + 1, M]
-    kept: np.ndarray # bool [S, M]; False: the step lowered the return and was taken back
-    params: dict # adapted parameters, [M, ...]
+    kept: np.ndarray # bool [S, M]; False: the support return fell below the best so far, and the step was taken back
+    params: dict # adapted parameters, after online updates if there were any, [M, ...]
 
     def summary(self) -> dict:
         "Plain numbers, for people and for JSON."
@@ -308,29 +328,26 @@ class AdaptationResult:
 
 # %% ../nbs/08_pipeline.ipynb #080040
 def policy_batch(
+    policy: SSMMetaPolicy, # says what it sees
     traj: Trajectories, # experience to learn from
     advantage: Tensor, # [M, K, T]
     mask: Tensor = None, # bool [M, K, T]: steps that count; None: all real ones
-) -> dict: # what the adapter hands to the functions below
-    "Experience in the form that the functions below take."
-    return dict(traj=traj, advantage=advantage, mask=traj.mask if mask is None else mask)
+) -> dict: # name -> tensor
+    "Experience in the form that `MetaRLHook` takes."
+    return dict(inputs=policy_inputs(policy, traj), memory_reset=traj.memory_reset, actions=traj.action, logp_old=traj.logp, advantages=advantage,
+                mask=traj.mask if mask is None else mask)
 
 
 def adaptation_functions(
     policy: SSMMetaPolicy, # functional form
     adapter: Adapter, # holds the parameters of M tasks
     meta: MetaConfig, # the inner loss that was meta-trained
-    weight: Tensor, # weight of each task's loss: length of its step, [M]
 ) -> dict: # loss_fn and fwd_fn, as `Adapter` takes them
     "The inner loop's own loss, as a function of the adapter's parameters."
-    def fwd(batch):
-        return policy.functional(adapter.params, policy_inputs(policy, batch['traj']), reset=batch['traj'].memory_reset)
-    def loss(outputs, batch):
-        traj = batch['traj']
-        return weight * policy_surrogate(action_log_prob(outputs, traj.action), traj.logp, batch['advantage'], batch['mask'], meta.surrogate)
-    return dict(loss_fn=loss, fwd_fn=fwd)
+    fwd = lambda batch: policy.functional(adapter.params, batch['inputs'], reset=batch['memory_reset'])
+    return dict(loss_fn=MetaRLHook(adapter, meta.surrogate).policy_loss, fwd_fn=fwd)
 
-
+# %% ../nbs/08_pipeline.ipynb #7678fd1f
 def adapt_policy(
     policy: SSMMetaPolicy, # functional form
     params: dict, # meta-parameters, [...]
@@ -343,18 +360,19 @@ def adapt_policy(
 ) -> AdaptationResult:
     "Adapt to M tasks, and evaluate on the same episode after every step."
     adapter = create_adapter(stack(params, len(tasks)), config.guards(), config.strategy, stacked=True)
+    functions = adaptation_functions(policy, adapter, meta)
     evaluation = lambda: evaluation_trajectories(policy, adapter.params, tasks, env, deterministic)
     collect_support = lambda step: collect(policy, adapter.params, tasks, env, 'support', (step,))
     before = after = evaluation()
-    support, weight = collect_support(0), torch.ones(len(tasks), device=before.reward.device)
+    support, length = collect_support(0), torch.ones(len(tasks), device=before.reward.device)
     adapter.observe_return(support.returns.mean(1))
     returns, drift, kept = [before.returns[:, 0]], [adapter.drift()], []
     for step in tqdm(range(config.steps), 'adapting', unit='step', file=sys.stderr, disable=not progress):
-        adapter.adapt(batch=policy_batch(support, advantages(support, meta.gamma, meta.gae_lambda)), **adaptation_functions(policy, adapter, meta, weight))
+        adapter.adapt(batch=policy_batch(policy, support, advantages(support, meta.gamma, meta.gae_lambda)), scale=length, **functions)
         fresh = collect_support(step + 1)
         adapter.observe_return(fresh.returns.mean(1))
-        fell = adapter.restore_best().to(weight.device) if config.rollback else torch.zeros_like(weight, dtype=torch.bool)
-        support, weight = choose_trajectories(fell, support, fresh), torch.where(fell, weight / 2, weight)
+        fell = adapter.restore_best().to(length.device) if config.rollback else torch.zeros_like(length, dtype=torch.bool)
+        support, length = choose_trajectories(fell, support, fresh), torch.where(fell, length / 2, length)
         after = evaluation()
         returns.append(after.returns[:, 0]), drift.append(adapter.drift()), kept.append(~fell)
     if config.online: after = online_episode(policy, adapter, tasks, env, meta, config, deterministic)
@@ -378,9 +396,8 @@ def online_episode(
     while (done := traj.reward.shape[-1]) < env.time_limit:
         new = torch.zeros_like(traj.mask)
         new[..., -config.online_interval:-1] = traj.mask[..., -config.online_interval:-1]  # the last step's value is where the estimate ends
-        batch = policy_batch(traj, online_advantages(traj, new, meta), new)
-        weight = new.sum((1, 2)) / (env.num_envs * env.time_limit)
-        adapter.adapt(batch=batch, **adaptation_functions(policy, adapter, meta, weight.to(traj.reward.dtype)))
+        share = new.sum((1, 2)) / (env.num_envs * env.time_limit)
+        adapter.adapt(batch=policy_batch(policy, traj, online_advantages(traj, new, meta), new), scale=share, **adaptation_functions(policy, adapter, meta))
         episode.recompute_memory(adapter.params, traj)
         traj = episode.run(adapter.params, min(config.online_interval, env.time_limit - done))
     return traj
@@ -405,7 +422,7 @@ def evaluate_with_adaptation(
     episodes: int = 20, # held-out tasks, one evaluation episode each
     steps: int = None, # gradient steps; None: the config's
     online: bool = None, # go on adapting while the evaluated episode runs; None: the config's
-    seed: int = None, # of tasks and noise; None: the config's
+    seed: int = None, # of tasks and noise; None: the checkpoint's
     deterministic: bool = False, # most likely actions in the evaluated episodes
     device: str = 'cpu', # where to compute
     progress: bool = False, # show a bar on stderr
@@ -442,7 +459,10 @@ class Train:
 
     def run(self) -> dict:
         changes = {k: v for k in ('outer_steps', 'tasks_per_batch') if (v := getattr(self, k)) is not None}
-        return train(replace(self.experiment, meta=replace(self.experiment.meta, **changes)), self.ckpt_dir, self.resume, self.device)
+        experiment = replace(self.experiment, meta=replace(self.experiment.meta, **changes))
+        if experiment.adapt.lr != experiment.meta.inner_lr:
+            print(f'note: this trains for steps of inner_lr={experiment.meta.inner_lr:g}, and will adapt with adapt.lr={experiment.adapt.lr:g}', file=sys.stderr)
+        return train(experiment, self.ckpt_dir, self.resume, self.device)
 
 
 @dataclass(frozen=True)
@@ -451,7 +471,7 @@ class Eval:
     checkpoint: Path # file that train wrote
     config: Annotated[str | None, TEXT] = None # experiment to evaluate in; default: the checkpoint's own
     episodes: int = 20 # held-out tasks, one evaluation episode each
-    seed: Annotated[int | None, INTEGER] = None # of tasks and noise; default: the config's
+    seed: Annotated[int | None, INTEGER] = None # of tasks and noise; default: the checkpoint's
     deterministic: bool = False # most likely actions instead of samples
     device: str = 'cpu' # where to compute: cpu, cuda, ...
 
@@ -471,7 +491,7 @@ class Adapt:
     lr: Annotated[float | None, NUMBER] = None # step size; default: the config's
     optimizer: Annotated[str | None, TEXT] = None # sgd, adam, ...; default: the config's
     strategy: Annotated[str | None, TEXT] = None # registered adaptation strategy; default: the config's
-    seed: Annotated[int | None, INTEGER] = None # of tasks and noise; default: the config's
+    seed: Annotated[int | None, INTEGER] = None # of tasks and noise; default: the checkpoint's
     deterministic: bool = False # most likely actions instead of samples
     figure: Annotated[Path | None, FILE] = None # .png, .pdf or .svg file for a picture of what adaptation did
     device: str = 'cpu' # where to compute: cpu, cuda, ...
@@ -497,19 +517,22 @@ def config_flag(
 
 
 def one_line(
-    box: str, # a message in a frame
+    message: str, # of tyro: in a frame, or in ASCII where the terminal cannot draw one
 ) -> str:
-    "The text of a framed message, up to its first rule."
-    lines = [line.strip(' │') for line in box.splitlines() if not line.startswith(('╭', '╰'))]
-    rule = next((i for i, line in enumerate(lines) if line.startswith('─')), len(lines))
-    return ' '.join(line for line in lines[:rule] if line)
+    "What a framed message says, without its title and its help texts."
+    lines = [line.strip(' │') for line in message.splitlines() if not line.startswith(('╭', '╰'))]
+    parts = ' '.join('\n' if line and set(line) <= set('─-') else line for line in lines).split('\n')  # between rules
+    if '╭' not in message: parts = parts[1:]  # the title
+    return '; '.join(' '.join(part.split()) for part in parts if not part.strip().startswith(('For full', 'Argument'))).replace('__tyro-dummy-inner__.experiment.', '')
 
 
 def parse(
     argv: list, # words of the command line
 ): # Train, Eval or Adapt
     "The command that was given. Raises ValueError, in one line, if it is none."
-    config = load_config(config_flag(argv)) if argv[:1] == ['train'] else CONFIGS['basic']
+    if not argv or argv[0] not in ('train', 'eval', 'adapt', '-h', '--help'):
+        raise ValueError(f'{repr(argv[0]) if argv else "nothing"} was asked for; begin with train, eval or adapt (--help tells more)')
+    config = load_config(config_flag(argv)) if argv[0] == 'train' else CONFIGS['basic']
     command = lambda kind, **default: Annotated[kind, tyro.conf.subcommand(kind.__name__.lower(), **default)]
     message = io.StringIO()
     try:
@@ -536,13 +559,13 @@ def fail(message, status):  # -> status, after one line on stderr
 
 def main(
     argv: list = None, # words of the command line; None: those of the process
-) -> int: # exit status: 0, 1 (the run failed) or 2 (it was asked for wrongly)
+) -> int: # exit status: 0, 1 (the run failed), 2 (it was asked for wrongly) or 130 (interrupted)
     "The command line: progress and a table on stderr, one JSON object as the last line of stdout."
     torch.set_num_threads(1)  # the batches are small: more threads get into each other's way
     try: result = parse(sys.argv[1:] if argv is None else list(argv)).run()
     except ValueError as error: return fail(error, 2)
     except (OSError, CheckpointError, FloatingPointError) as error: return fail(error, 1)
-    except KeyboardInterrupt: return fail('interrupted; `train --resume` goes on from the last checkpoint', 130)
+    except KeyboardInterrupt: return fail('interrupted (a training goes on from its last checkpoint with --resume)', 130)
     for name, value in result.items(): print(f'{name:>20}  {show(value)}', file=sys.stderr)
     print(json.dumps(result))
     return 0

@@ -50,13 +50,14 @@ def plot_spectrum(
     ssm: SSM, # whose discrete eigenvalues to draw
     ax = None, # axes to draw on; None: a new figure
 ): # axes
-    "Eigenvalues of the discretised state matrix in the unit circle; both of each conjugate pair."
+    "Eigenvalues of the discretised state matrix in the unit circle; of conjugate pairs both."
     ax, lam = draw_on(ax, (3.2, 3)), ssm.stepper().A_bar.detach().cpu().numpy()
     memory, angle = -1 / np.log(np.abs(lam).max()), np.linspace(0, 2 * np.pi, 200)
     ax.plot(np.cos(angle), np.sin(angle), color=COLOURS['faint'], lw=1)
-    ax.plot(np.r_[lam.real, lam.real], np.r_[lam.imag, -lam.imag], 'o', ms=5, color=SERIES[0], mec=COLOURS['ink'], mew=.5, alpha=.8)
+    if np.iscomplexobj(lam): lam = np.r_[lam, lam.conj()]
+    ax.plot(lam.real, lam.imag, 'o', ms=5, color=SERIES[0], mec=COLOURS['ink'], mew=.5, alpha=.8)
     ax.set(aspect='equal', xticks=(-1, 0, 1), yticks=(-1, 0, 1))
-    return dress(ax, f'{2 * len(lam)} modes; the slowest: {memory:.0f} steps', 'real part', 'imaginary part')
+    return dress(ax, f'{len(lam)} modes; the slowest: {memory:.0f} steps', 'real part', 'imaginary part')
 
 # %% ../nbs/07_plots.ipynb #070021
 def plot_kernels(
