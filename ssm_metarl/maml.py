@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from .envs import EnvConfig
+from .envs import MAX_TASKS, EnvConfig
 from .policy import SSMMetaPolicy, action_log_prob, entropy
 from .rollout import SURROGATES, Trajectories, advantages, collect, discounted_sum, masked_mean, policy_inputs, policy_surrogate, require_finite, value_loss
 
@@ -51,6 +51,7 @@ class MetaConfig:
             for name in names:
                 if not ok(value := getattr(self, name)): raise ValueError(f'{name}={value!r} is not {what}; the default is {getattr(type(self), name)}')
         require(lambda v: isinstance(v, int) and v >= 1, 'a positive integer', 'outer_steps', 'tasks_per_batch', 'inner_steps', 'outer_epochs')
+        require(lambda v: v <= MAX_TASKS, f'at most {MAX_TASKS:,}', 'tasks_per_batch')
         require(lambda v: 0 < v and isfinite(v), 'positive and finite', 'inner_lr', 'outer_lr', 'clip', 'max_grad_norm')
         require(lambda v: 0 <= v <= 1, 'between 0 and 1', 'gamma', 'gae_lambda')
         require(lambda v: 0 <= v and isfinite(v), 'finite and at least 0', 'entropy_coef')

@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['CONFIGS', 'FORMAT', 'FORMAT_VERSION', 'INTEGER', 'NUMBER', 'TEXT', 'FILE', 'AdaptConfig', 'ExperimentConfig',
-           'config_from_dict', 'load_config', 'CheckpointError', 'save_checkpoint', 'load_checkpoint', 'make_learner',
-           'writable_folder', 'read_log', 'write_log', 'old_files', 'resume_state', 'train', 'load_policy',
-           'reference_row', 'evaluate', 'choose_trajectories', 'AdaptationResult', 'policy_batch',
-           'adaptation_functions', 'adapt_policy', 'online_episode', 'online_advantages', 'evaluate_with_adaptation',
-           'check_figure', 'Train', 'Eval', 'Adapt', 'config_flag', 'one_line', 'parse', 'show', 'fail', 'main']
+           'config_from_dict', 'load_config', 'CheckpointError', 'save_checkpoint', 'load_checkpoint', 'check_device',
+           'make_learner', 'writable_folder', 'read_log', 'write_log', 'set_aside', 'resume_state', 'train',
+           'load_policy', 'check_episodes', 'reference_row', 'evaluate', 'choose_trajectories', 'AdaptationResult',
+           'policy_batch', 'adaptation_functions', 'adapt_policy', 'online_episode', 'online_advantages',
+           'evaluate_with_adaptation', 'check_figure', 'Train', 'Eval', 'Adapt', 'config_flag', 'one_line', 'parse',
+           'show', 'fail', 'main']
 
 # %% ../nbs/08_pipeline.ipynb #080003
 import argparse
 import contextlib
 import io
 import json
+import os
 import re
 import sys
 import tempfile
@@ -33,7 +35,7 @@ from tqdm import tqdm
 
 from . import __version__
 from .adapter import AdaptationConfig, Adapter, MetaRLHook, create_adapter, make_strategy, per_task
-from .envs import EnvConfig, sample_tasks
+from .envs import MAX_TASKS, EnvConfig, sample_tasks
 from .evaluation import compare, evaluate_returns, evaluation_trajectories, reference_returns
 from .maml import MetaConfig, MetaMAML, stack
 from .plots import plot_adaptation
@@ -52,7 +54,7 @@ class AdaptConfig:
     optimizer: str = 'sgd' # the rule that was meta-trained; or any name that `AdaptationConfig` takes
     strategy: str = 'none' # a registered adaptation strategy
     entropy_weight: float = 0.01 # weight of the entropy, for the strategy 'tent'
-    rollback: bool = True # take a step back, and halve the next, where it made the return on fresh trajectories worse
+    rollback: bool = True # whether a step that made the return on fresh trajectories worse is taken back, and the next one halved
     max_grad_norm: float = 10.0 # clip the gradient of each task to this norm
     trust_radius: float = 1.0 # largest distance from the meta-parameters, as a multiple of their norm
 
@@ -138,7 +140,8 @@ def load_config(
     if not name.endswith('.toml'): raise ValueError(f'config={name!r} is not one of {known}, nor the path of a .toml file')
     try: return config_from_dict(CONFIGS['basic'], tomllib.loads(Path(name).read_text(encoding='utf-8')))
     except FileNotFoundError: raise ValueError(f'config={name!r}: there is no such file; built-in configs are {known}') from None
-    except tomllib.TOMLDecodeError as error: raise ValueError(f'config={name!r} is not valid TOML: {error}') from None
+    except OSError as error: raise ValueError(f'config={name!r} cannot be read: {error.strerror}') from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error: raise ValueError(f'config={name!r} is not valid TOML: {error}') from None
 
 # %% ../nbs/08_pipeline.ipynb #080018
 FORMAT, FORMAT_VERSION = 'ssm_metarl checkpoint', 1
@@ -167,17 +170,25 @@ def load_checkpoint(
     except (ValueError, KeyError) as error: raise CheckpointError(f'checkpoint: {error}') from None
 
 # %% ../nbs/08_pipeline.ipynb #080020
+def check_device(
+    device: str, # cpu, cuda, cuda:1, ...
+):
+    "Raises ValueError unless numbers can be computed there."
+    try: torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error: raise ValueError(f'device={device!r} cannot be used: {str(error).splitlines()[0][:100]}') from None
+
+
 def make_learner(
     config: ExperimentConfig, # of the run
     state: dict = None, # from a checkpoint; None: start afresh
     device: str = 'cpu', # where to compute
 ) -> MetaMAML:
     "The learner of an experiment; CheckpointError if the state does not fit the config."
-    try: learner = MetaMAML(config.make_policy(), config.env, config.meta, device)
-    except RuntimeError as error: raise ValueError(f'device={device!r} cannot be used: {str(error).splitlines()[0]}') from None
+    check_device(device)
+    learner = MetaMAML(config.make_policy(), config.env, config.meta, device)
     if state is not None:
         try: learner.load_state_dict(state)
-        except (ValueError, KeyError) as error: raise CheckpointError(f'the checkpoint does not fit the config: {error}') from None
+        except (ValueError, KeyError) as error: raise CheckpointError(f'the checkpoint does not fit the config; leave out --config to use its own ({error})') from None
     return learner
 
 # %% ../nbs/08_pipeline.ipynb #080026
@@ -212,11 +223,16 @@ def write_log(
     new.replace(new.with_name('train.jsonl'))
 
 
-def old_files(
+def set_aside(
     folder: Path, # of runs
-) -> list: # of paths
-    "What earlier runs left: a new run must not leave it beside its own."
-    return [p for p in Path(folder).glob('*.npz') if re.fullmatch(r'latest|step_\d+', p.stem)]
+) -> Path: # where to; None: there was nothing
+    "Move what an earlier run left into a folder of its own, so that two runs are never mixed up and none is lost."
+    files = [p for p in Path(folder).iterdir() if re.fullmatch(r'(latest|step_\d+)\.npz|train\.jsonl', p.name)]
+    if not files: return None
+    target = next(t for n in range(1, 10**6) if not (t := Path(folder) / f'earlier_{n}').exists())
+    target.mkdir()
+    for path in files: path.rename(target / path.name)
+    return target
 
 
 def resume_state(
@@ -238,20 +254,22 @@ def train(
     device: str = 'cpu', # where to compute
     progress: bool = True, # show a bar on stderr
 ) -> dict: # outer_steps, wall_s, env_steps, final_pre_return and final_post_return (means of the last 10 steps), checkpoint
-    "Meta-train: `step_N.npz` every 10 outer steps, `latest.npz` with each and at the end, metrics in `train.jsonl`. Without `resume`, the files of an earlier run there go."
+    "Meta-train: `step_N.npz` every 10 outer steps, `latest.npz` with each and at the end, metrics in `train.jsonl`. An interrupt leaves a checkpoint, too. Without `resume`, an earlier run there is moved to a subfolder."
     folder, begin, total = writable_folder(ckpt_dir), time.time(), config.meta.outer_steps
     latest, log = folder / 'latest.npz', folder / 'train.jsonl'
     state = resume_state(latest, config) if resume and latest.exists() else None
     learner = make_learner(config, state, device)
-    history = read_log(folder)[:learner.step]
+    history = read_log(folder)[:learner.step] if state is not None else []
     if [line['step'] for line in history] != list(range(learner.step)):
         raise CheckpointError(f'{log} does not hold the {learner.step} steps of {latest}; restore it, or start anew without --resume')
-    if state is None:
-        for path in old_files(folder): path.unlink()
+    if state is None and (earlier := set_aside(folder)): print(f'an earlier run in {folder} was moved to {earlier}', file=sys.stderr)
     write_log(folder, history)
     bar = tqdm(range(learner.step, total), 'meta-training', total=total, initial=learner.step, unit='step', file=sys.stderr, disable=not progress)
     for step in bar:
-        metrics = learner.outer_step(sample_tasks(config.env, config.meta.tasks_per_batch, step=step))
+        try: metrics = learner.outer_step(sample_tasks(config.env, config.meta.tasks_per_batch, step=step))
+        except KeyboardInterrupt:  # the outer step did not happen
+            if history: save_checkpoint(latest, config, learner.state_dict())
+            raise
         history.append(dict(step=step) | metrics | dict(wall_s=round(time.time() - begin, 3)))
         with log.open('a') as file: file.write(json.dumps(history[-1]) + '\n')
         bar.set_postfix(pre=f'{metrics["pre_return"]:.1f}', post=f'{metrics["post_return"]:.1f}')
@@ -276,6 +294,13 @@ def load_policy(
     return learner.policy, {k: v.detach() for k, v in learner.params.items()}, config
 
 
+def check_episodes(
+    episodes: int, # held-out tasks
+):
+    "Raises ValueError for a number that cannot be."
+    if not 1 <= episodes <= MAX_TASKS: raise ValueError(f'episodes={episodes} is not a number from 1 to {MAX_TASKS:,}')
+
+
 def reference_row(
     references: dict, # name -> returns [M]
 ) -> dict: # name_return -> mean
@@ -292,6 +317,7 @@ def evaluate(
     device: str = 'cpu', # where to compute
 ) -> dict: # mean_return, std_return, episodes, random_return, nothing_return, oracle_return
     "Return without adaptation on tasks that no training can have seen."
+    check_episodes(episodes)
     policy, params, config = load_policy(checkpoint, config, seed, device)
     tasks = sample_tasks(config.env, episodes, 'held_out')
     returns = evaluate_returns(policy, stack(params, episodes), tasks, config.env, deterministic)
@@ -429,6 +455,7 @@ def evaluate_with_adaptation(
     **changes, # other fields of AdaptConfig, such as lr or strategy
 ) -> AdaptationResult: # `.summary()` gives plain numbers
     "Return before and after adaptation, on the very tasks and noise that `evaluate` uses."
+    check_episodes(episodes)
     policy, params, config = load_policy(checkpoint, config, seed, device)
     changes |= {k: v for k, v in dict(steps=steps, online=online).items() if v is not None}
     tasks = sample_tasks(config.env, episodes, 'held_out')
@@ -442,7 +469,7 @@ def check_figure(
     path: Path, # where a picture shall go
 ):
     "Raises ValueError or OSError, before any work is done, if it cannot go there."
-    if path.suffix not in ('.png', '.pdf', '.svg'): raise ValueError(f'figure={str(path)!r} must end in .png, .pdf or .svg')
+    if path.suffix.lower() not in ('.png', '.pdf', '.svg'): raise ValueError(f'figure={str(path)!r} must end in .png, .pdf or .svg')
     writable_folder(path.parent)
 
 
@@ -562,10 +589,17 @@ def main(
 ) -> int: # exit status: 0, 1 (the run failed), 2 (it was asked for wrongly) or 130 (interrupted)
     "The command line: progress and a table on stderr, one JSON object as the last line of stdout."
     torch.set_num_threads(1)  # the batches are small: more threads get into each other's way
-    try: result = parse(sys.argv[1:] if argv is None else list(argv)).run()
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        result = parse(argv).run()
+        for name, value in result.items(): print(f'{name:>20}  {show(value)}', file=sys.stderr)
+        print(json.dumps(result), flush=True)
     except ValueError as error: return fail(error, 2)
+    except BrokenPipeError:  # nobody reads what we say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (OSError, CheckpointError, FloatingPointError) as error: return fail(error, 1)
-    except KeyboardInterrupt: return fail('interrupted (a training goes on from its last checkpoint with --resume)', 130)
-    for name, value in result.items(): print(f'{name:>20}  {show(value)}', file=sys.stderr)
-    print(json.dumps(result))
+    except MemoryError as error: return fail(f'not enough memory; ask for less ({error})', 1)
+    except KeyboardInterrupt: return fail('interrupted' + ('; --resume goes on' if argv[:1] == ['train'] else ''), 130)
     return 0
+

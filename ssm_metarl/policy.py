@@ -72,7 +72,9 @@ class PolicyConfig:
     history: bool = False # also see the previous action, reward and episode start (RL^2 needs it)
 
     def __post_init__(self):
-        SSMConfig(self.hidden_dim, self.state_dim, init=self.init)  # checks the first three
+        if not isinstance(self.hidden_dim, int) or self.hidden_dim < 1: raise ValueError(f'hidden_dim={self.hidden_dim!r} is not a positive int')
+        SSMConfig(self.hidden_dim, self.state_dim, init=self.init)  # checks the next two
+        if not (math.isfinite(self.init_log_std) and math.isfinite(self.min_log_std)): raise ValueError(f'init_log_std={self.init_log_std}, min_log_std={self.min_log_std} are not both finite')
         if self.min_log_std > self.init_log_std: raise ValueError(f'min_log_std={self.min_log_std} is above init_log_std={self.init_log_std}; lower it')
 
 # %% ../nbs/01_policy.ipynb #010045

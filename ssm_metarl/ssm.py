@@ -301,6 +301,7 @@ def read_npz(
         header = json.loads(str(arrays.pop('header')))
         found, written = header['format'], header['format_version']
     except FileNotFoundError: raise ValueError(f'{path} does not exist; check the path') from None
+    except (IsADirectoryError, PermissionError) as error: raise ValueError(f'{path} cannot be read ({error.strerror}); check the path') from None
     except Exception as error:  # whatever a damaged file makes a parser raise
         raise ValueError(f'{path} is not a {format} file, or is damaged ({type(error).__name__}); write it again') from error
     if found != format: raise ValueError(f'{path} holds {found!r}; expected {format!r}')

@@ -1,8 +1,10 @@
 "The command line as a user meets it: processes, their output and their exit status."
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +62,18 @@ def test_eval_and_adapt_play_the_same_episodes(trained, tmp_path):
     assert other['mean_return'] != before['mean_return'] and answer('eval', '--checkpoint', checkpoint, '--episodes', 7) == before
 
 
+def test_interrupted_and_resumed(trained, tmp_path):
+    words = ['train', '--seed', 3, '--tasks-per-batch', 2, '--num-envs', 3, '--time-limit', 12, '--ckpt-dir', tmp_path, '--outer-steps', 11]
+    process = subprocess.Popen([*PROGRAMS[0], *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
+    while process.poll() is None and not (tmp_path / 'train.jsonl').exists() or (tmp_path / 'train.jsonl').read_text() == '': time.sleep(.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
+    if process.returncode != 0: assert (process.returncode, out) == (130, '') and err.splitlines()[-1] == 'ssm-metarl: interrupted; --resume goes on'  # else it was faster than we
+    answer(*words, '--resume')
+    with np.load(trained[0] / 'latest.npz') as whole, np.load(tmp_path / 'latest.npz') as parts:
+        for k in set(whole.files) - {'header'}: assert whole[k].tobytes() == parts[k].tobytes(), k
+
+
 def test_resume_after_a_stop(trained, tmp_path):
     words = ['train', '--seed', 3, '--tasks-per-batch', 2, '--num-envs', 3, '--time-limit', 12, '--ckpt-dir', tmp_path]
     answer(*words, '--outer-steps', 10), answer(*words, '--outer-steps', 11, '--resume')
@@ -89,13 +103,20 @@ def bad_files(folder, checkpoint):
     ('train --meta.inner-lr nan', 2, 'inner_lr=nan'),
     ('train --ckpt-dir {f}/file/x', 1, 'is not a folder that can be written to'),
     ('train --ckpt-dir /proc/x', 1, 'is not a folder that can be written to'),
-    ('eval --checkpoint {c} --episodes 0', 2, 'not a positive number'),
+    ('eval --checkpoint {c} --episodes 0', 2, 'episodes=0 is not a number from 1'),
     ('eval --checkpoint {c} --seed -1', 2, 'seed=-1'),
     ('adapt --checkpoint {c} --adapt-steps -1', 2, 'steps=-1 is negative'),
     ('adapt --checkpoint {c} --strategy tnet', 2, "'tnet' is not one of 'none', 'tent'"),
     ('adapt --checkpoint {c} --lr 0', 2, 'lr=0.0 is not a positive number'),
     ('adapt --checkpoint {c} --figure {f}/file/a.png', 1, 'is not a folder that can be written to'),
     ('adapt --checkpoint {c} --figure {f}/a.docx', 2, 'must end in .png, .pdf or .svg'),
+    ('train --device cuda:99', 2, "device='cuda:99' cannot be used"),
+    ('train --device meta', 2, "device='meta' cannot be used"),
+    ('train --tasks-per-batch 99999999999999999999', 2, 'tasks_per_batch=99999999999999999999 is not at most 1,000,000'),
+    ('train --seed 99999999999999999999', 2, 'below 2**63'),
+    ('train --policy.init-log-std nan', 2, 'not both finite'),
+    ('train --outer-steps many', 2, '--outer-steps'),
+    ('eval --checkpoint {f}', 1, 'cannot be read'),
     ('eval', 2, '--checkpoint'),
     ('trian', 2, 'trian'),
     ('', 2, 'train')])

@@ -3,6 +3,7 @@ import ast
 import json
 import re
 import sys
+from configparser import ConfigParser
 from pathlib import Path
 
 MAX_CELLS, MAX_BYTES = 90, 450_000
@@ -31,6 +32,26 @@ def imported_modules(cell, lib):
     return re.findall(rf'^\s*(?:from|import) {lib}\.(\w+)', source(cell), re.M)
 
 
+def foreign_imports(cells):
+    "Top-level names of what code cells import from elsewhere."
+    for cell in cells:
+        if cell['cell_type'] != 'code': continue
+        try: tree = ast.parse('\n'.join(line for line in source(cell).splitlines() if not line.lstrip().startswith(('%', '!'))))
+        except SyntaxError: continue
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
+            yield from {name.split('.')[0] for name in names} - sys.stdlib_module_names
+
+
+def installed_for_notebooks(root):
+    "Top-level names that the library and its extra `notebook` install."
+    settings = ConfigParser(delimiters=['='])
+    settings.read(root / 'settings.ini', encoding='utf-8')
+    wanted = (settings['DEFAULT'][key].split() for key in ('requirements', 'notebook_requirements'))
+    names = {re.split(r'[\[<>=]', requirement)[0] for group in wanted for requirement in group}
+    return {{'scikit-learn': 'sklearn'}.get(name, name) for name in names} | {settings['DEFAULT']['lib_name']}
+
+
 def check(root):
     "All breaches, one line each."
     lib, problems, owner = 'ssm_metarl', [], {}
@@ -45,6 +66,7 @@ def check(root):
             owner[module] = path
         if len(cells[path]) > MAX_CELLS: say(f'{len(cells[path])} cells; at most {MAX_CELLS}, split it by idea')
         if path.stat().st_size > MAX_BYTES: say(f'{path.stat().st_size / 1e3:.0f} kB; at most {MAX_BYTES / 1e3:.0f}, use fewer or smaller figures')
+        if missing := set(foreign_imports(cells[path])) - installed_for_notebooks(root): say(f'imports {", ".join(sorted(missing))}, which the extra `notebook` does not install')
         if 'widgets' in json.loads(path.read_text())['metadata']: say('widget state is stored in its metadata; clear it')
         for i, cell in enumerate(cells[path]):
             for output in cell.get('outputs', []):

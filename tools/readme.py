@@ -32,8 +32,14 @@ def readme(notebook):
     return text.replace('](nbs/../', '](')
 
 
+def broken_links(text):
+    "Links to files that are not there."
+    return [link for link in re.findall(r'\]\(([^)#]+)', text) if not re.match(r'https?:', link) and not Path(link).exists()]
+
+
 if __name__ == '__main__':
     text, target = readme(nbformat.read('nbs/index.ipynb', 4)), Path('README.md')
+    if broken := broken_links(text): sys.exit(f'README.md would link to {", ".join(broken)}, which is not there')
     if '--check' in sys.argv[1:]:
         same = target.exists() and target.read_text(encoding='utf-8') == text
         print('README.md is in step' if same else 'README.md is not in step with nbs/index.ipynb; run tools/readme.py')

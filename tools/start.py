@@ -17,7 +17,7 @@ TORCH = 'torch>=2.6,<2.14'
 
 def run(*command, capture=False):
     "Show a command and run it; stop with its status if it fails."
-    print('$', *(Path(x).name if x == command[0] else x for x in map(str, command)), flush=True)
+    print('$', Path(command[0]).name, *command[1:], flush=True)
     result = subprocess.run([str(x) for x in command], cwd=ROOT, stdout=subprocess.PIPE if capture else None, text=True)
     if result.returncode: sys.exit(f'start.py: this command ended with status {result.returncode}; its message stands above')
     return result.stdout
@@ -29,7 +29,10 @@ def environment(folder, extra, torch_index):
     wanted = hashlib.sha256(b''.join((ROOT / x).read_bytes() for x in ('settings.ini', 'setup.py')) + extra.encode()).hexdigest()
     stamp = folder / f'installed-{extra or "library"}'
     if stamp.exists() and stamp.read_text() == wanted: return python
-    if not python.exists(): run(sys.executable, '-m', 'venv', folder)
+    works = lambda: python.exists() and subprocess.run([python, '-m', 'pip', '--version'], capture_output=True).returncode == 0
+    if not works():
+        run(sys.executable, '-m', 'venv', '--clear', folder)
+        if not works(): sys.exit('start.py: the virtual environment has no pip; install the package python3-venv (Debian, Ubuntu), or another Python')
     pip = [python, '-m', 'pip', '--disable-pip-version-check', 'install', '--quiet']
     run(*pip, TORCH, *(['--index-url', torch_index] if torch_index else []))  # first and alone, so that a CPU build is taken where there is one
     run(*pip, '--editable', f'.[{extra}]' if extra else '.')
@@ -39,7 +42,7 @@ def environment(folder, extra, torch_index):
 
 def demo(python):
     "The main job: meta-train, evaluate without adaptation, evaluate with it."
-    program, folder = [python, 'main.py'], Path('checkpoints')
+    program, folder = [python, 'main.py'], Path('checkpoints/demo')
     run(*program, 'train', '--config', 'basic', '--outer-steps', '100', '--ckpt-dir', folder)
     before = json.loads(run(*program, 'eval', '--checkpoint', folder / 'latest.npz', '--episodes', '50', capture=True).splitlines()[-1])
     after = json.loads(run(*program, 'adapt', '--checkpoint', folder / 'latest.npz', '--adapt-steps', '5', '--episodes', '50',
@@ -56,6 +59,7 @@ def main():
     parser.add_argument('--venv', type=Path, default=ROOT / '.venv', help='folder of the virtual environment (default: .venv)')
     parser.add_argument('--torch-index', metavar='URL', help="package index to take torch from, such as PyTorch's own for its CPU build on Linux")
     args, rest = parser.parse_known_args()
+    if rest and args.job == 'demo': parser.error(f'demo takes no {" ".join(rest)}')
     if sys.version_info < (3, 11): sys.exit(f'start.py: this is Python {sys.version.split()[0]}; ssm_metarl needs 3.11 or newer')
     python = environment(args.venv.resolve(), 'dev' if args.job == 'test' else '', args.torch_index)
     if args.job == 'demo': demo(python)
