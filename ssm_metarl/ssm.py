@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['INITS', 'hippo_legs', 'phi1', 'scan', 'legs_eigenvalues', 'lru_eigenvalues', 'SSMConfig', 'initial_modes', 'linear',
-           'to_real', 'Discretised', 'eigenvalues', 'discretise', 'initial_parameters', 'write_npz', 'read_npz', 'SSM']
+           'product', 'to_real', 'Discretised', 'eigenvalues', 'discretise', 'initial_parameters', 'write_npz',
+           'read_npz', 'SSM']
 
 # %% ../nbs/00_ssm.ipynb #000003
 import json
@@ -44,55 +45,86 @@ def _check_reset(reset, shape):
     if reset is not None and (reset.dtype != torch.bool or reset.shape != shape):
         raise ValueError(f'reset is {reset.dtype} {list(reset.shape)}; it must be torch.bool {list(shape)}, one flag for each step')
 
-def _shift(x, first, dim):  # x delayed by one step along dim, beginning with `first`
-    return torch.cat([first.unsqueeze(dim), x.narrow(dim, 0, x.shape[dim] - 1)], dim)
+def _loop(a, b, h, reset, out, reverse):  # one step after the other; the states go to out, the last one is returned
+    a, b, order = a.unbind(-2), b.unbind(-2), range(b.shape[-2])
+    out = [None] * len(b) if out is None else out.unbind(-2)
+    flags = None if reset is None else reset.unsqueeze(-1).unbind(-2)
+    cut = [False] * len(b) if reset is None else reset.reshape(-1, len(b)).any(0).tolist()  # where any sequence restarts
+    for t in reversed(order) if reverse else order:
+        h = torch.addcmul(b[t], a[t % len(a)], h, out=out[t])
+        if cut[t]: torch.where(flags[t], b[t], h, out=h)
+    return h
+
+def _recur(a, b, h, reset, out, reverse):  # the same in two passes over blocks that are scanned side by side
+    T = b.shape[-2]
+    if T <= 192: return _loop(a, b, h, reset, out, reverse)
+    K = round((T / 2) ** .5)  # steps in a block
+    n = T // K
+    whole, rest = (slice(T - n * K, T), slice(0, T - n * K)) if reverse else (slice(0, n * K), slice(n * K, T))
+    cut = lambda x, part, dim: x if x is None or x.shape[dim] == 1 else x.narrow(dim, part.start, part.stop - part.start)
+    blocks = lambda x, dim=-2: None if x is None else cut(x, whole, dim).unflatten(dim, (-1, min(K, x.shape[dim])))
+    decay, drive, flags = blocks(a), blocks(b), blocks(reset, -1)
+    local = _loop(decay, drive, torch.zeros_like(drive[..., 0, :]), flags, None, reverse)  # last state of each block, if it began with 0
+    shrink = decay.expand(*decay.shape[:-2], K, decay.shape[-1]).prod(-2)                  # what a block leaves of the state before it
+    after = torch.empty_like(local)
+    last = _loop(shrink, local, h, None if flags is None else flags.any(-1), after, reverse)
+    before = torch.cat([after[..., 1:, :], h.unsqueeze(-2)] if reverse else [h.unsqueeze(-2), after[..., :-1, :]], -2)
+    _loop(decay, drive, before, flags, blocks(out), reverse)
+    return _loop(cut(a, rest, -2), b[..., rest, :], last, cut(reset, rest, -1), out[..., rest, :], reverse) if T > n * K else last
+
+def _clean(x, reset):  # 0 where a reset cut, and where a poisoned past, which no loss depends on, would turn 0 * inf into nan
+    if reset is None: return x
+    x = x.masked_fill(reset.unsqueeze(-1), 0)
+    return torch.view_as_complex(torch.view_as_real(x).nan_to_num(0, 0, 0)) if x.is_complex() else x.nan_to_num(0, 0, 0)
 
 class _Scan(torch.autograd.Function):
-    "h_t = a_t * (0 if reset_t else h_{t-1}) + b_t, in a loop without a graph; its backward is the same scan in reverse time."
+    "h_t = a_t h_{t-1} + b_t; in reverse, as its gradient needs it, h_t = a_{t+1} h_{t+1} + b_t. Where reset_t, there is no way between t-1 and t."
 
     @staticmethod
-    def forward(a, b, h0, reset):  # a [..., T or 1, N], b [..., T, N], h0 [..., N], reset [..., T]
-        b_first = b.movedim(-2, 0).contiguous()  # time first: every slice is one block of memory
-        a_first = a.expand(*a.shape[:-2], b.shape[-2], a.shape[-1]).movedim(-2, 0)
-        reset_first = reset.movedim(-1, 0).unsqueeze(-1)
-        cut = reset_first.flatten(1).any(1).tolist()  # steps at which any sequence restarts
-        out = torch.empty_like(b_first)
-        h = h0
-        for t, (a_t, b_t, h_t) in enumerate(zip(a_first.unbind(0), b_first.unbind(0), out.unbind(0))):
-            if cut[t]: h = h.masked_fill(reset_first[t], 0)
-            h = torch.addcmul(b_t, a_t, h, out=h_t)
-        return out.movedim(0, -2)
+    def forward(a, b, h0, reset, reverse):  # a [..., T or 1, N], b [..., T, N], h0 [..., N] (None in reverse), reset [..., T] or None
+        out = torch.empty(b.shape, dtype=b.dtype, device=b.device)
+        if not reverse: _recur(a, b, h0, reset, out, False)
+        else:
+            out[..., -1, :] = b[..., -1, :]
+            a_next, reset_next = a if a.shape[-2] == 1 else a[..., 1:, :], None if reset is None else reset[..., 1:]
+            if b.shape[-2] > 1: _recur(a_next, b[..., :-1, :], b[..., -1, :], reset_next, out[..., :-1, :], True)
+        return out
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        a, b, h0, reset = inputs
+        a, b, h0, reset, ctx.reverse = inputs
         ctx.save_for_backward(a, h0, reset, output)
 
     @staticmethod
     def backward(ctx, grad):
         a, h0, reset, h = ctx.saved_tensors
-        last = reset.new_zeros(reset.shape[:-1])
-        a_next = a if a.shape[-2] == 1 else a.roll(-1, -2)  # a_{t+1}; the last entry multiplies a zero state
-        reset_next = torch.cat([reset[..., 1:], last.unsqueeze(-1)], -1)
-        # g_t = grad_t + conj(a_{t+1}) g_{t+1}, cut where step t+1 was a reset: a scan of the reversed sequence
-        g = _Scan.apply(a_next.conj().resolve_conj().flip(-2), grad.flip(-2), torch.zeros_like(h0), reset_next.flip(-1)).flip(-2)
-        before = _shift(h, h0, -2).masked_fill(reset.unsqueeze(-1), 0)  # the state that a_t multiplied
-        before = before.masked_fill((g == 0) & ~before.isfinite(), 0)  # a poisoned past that no loss depends on: 0 * inf would be nan
-        grad_a = (g * before.conj()).sum_to_size(a.shape)
-        grad_h0 = (a[..., 0, :].conj() * g[..., 0, :]).masked_fill(reset[..., :1], 0)
-        return grad_a, g, grad_h0.sum_to_size(h0.shape), None
+        start = torch.zeros_like(h[..., 0, :]) if ctx.reverse else None
+        g = _Scan.apply(a.conj().resolve_conj(), grad, start, reset, not ctx.reverse)  # the same recurrence, the other way round
+        early, late = (g, h) if ctx.reverse else (h, g)                                # a_t stands between step t-1 of one and step t of the other
+        memory = _clean(late[..., 1:, :] if ctx.reverse else early[..., :-1, :], None if reset is None else reset[..., 1:]).conj()
+        grad_a = memory * (early[..., :-1, :] if ctx.reverse else late[..., 1:, :])
+        first, grad_h0 = torch.zeros_like(h[..., :1, :]), None
+        if not ctx.reverse:
+            past = _clean(h0.unsqueeze(-2), None if reset is None else reset[..., :1]).conj()
+            first, grad_h0 = past * g[..., :1, :], (a[..., :1, :].conj() * g[..., :1, :])
+            if reset is not None: grad_h0 = grad_h0.masked_fill(reset[..., :1, None], 0)
+            grad_h0 = grad_h0.squeeze(-2).sum_to_size(h0.shape)
+        grad_a = grad_a.sum_to_size(a.shape) + first.sum_to_size(a.shape) if a.shape[-2] == 1 else torch.cat([first, grad_a], -2).sum_to_size(a.shape)
+        return grad_a, g, grad_h0, None, None
 
     @staticmethod
-    def vmap(info, in_dims, a, b, h0, reset):
+    def vmap(info, in_dims, a, b, h0, reset, reverse):
         rank = b.dim() - (in_dims[1] is not None)
         def front(x, dim, rank):  # mapped dimension first, the others aligned to the right
+            if x is None: return None
             x = x.unsqueeze(0) if dim is None else x.movedim(dim, 0)
             return x.reshape(x.shape[0], *[1] * (rank + 1 - x.dim()), *x.shape[1:])
         a, b = front(a, in_dims[0], rank), front(b, in_dims[1], rank)
         h0, reset = front(h0, in_dims[2], rank - 1), front(reset, in_dims[3], rank - 1)
         b = b.expand(info.batch_size, *b.shape[1:])
-        h0, reset = h0.expand(b[..., 0, :].shape), reset.expand(b.shape[:-1])
-        return _Scan.apply(a, b, h0, reset), 0
+        if h0 is not None: h0 = h0.expand(b[..., 0, :].shape)
+        if reset is not None: reset = reset.expand(b.shape[:-1])
+        return _Scan.apply(a, b, h0, reset, reverse), 0
 
 def scan(
     a: Tensor, # decays, real or complex, broadcastable to b: [N], [..., 1, N] or [..., T, N]
@@ -100,7 +132,7 @@ def scan(
     h0: Tensor = None, # state before the first step, [..., N]; zero if not given
     reset: Tensor = None, # bool [..., T]; True: step t starts from a zero state
 ) -> Tensor: # all states, [..., T, N]
-    "The linear recurrence h_t = a_t h_{t-1} + b_t, twice differentiable; a reset cuts the past, in values and gradients. Raises ValueError for shapes that do not fit."
+    "The linear recurrence h_t = a_t h_{t-1} + b_t, as often differentiable as you like; a reset cuts the past, in values and gradients. Raises ValueError for shapes that do not fit."
     T, N = b.shape[-2:]
     _check_reset(reset, b.shape[:-1])
     if h0 is not None and h0.shape != b.shape[:-2] + (N,):
@@ -112,9 +144,7 @@ def scan(
     a, b = a.to(dtype), b.to(dtype)
     if T == 0: return b
     if a.dim() < 2: a = a.expand(1, N)
-    h0 = b.new_zeros(b.shape[:-2] + (N,)) if h0 is None else h0.to(dtype)
-    reset = torch.zeros(b.shape[:-1], dtype=torch.bool, device=b.device) if reset is None else reset
-    return _Scan.apply(a, b, h0, reset)
+    return _Scan.apply(a, b, b.new_zeros(b.shape[:-2] + (N,)) if h0 is None else h0.to(dtype), reset, False)
 
 # %% ../nbs/00_ssm.ipynb #000038
 def legs_eigenvalues(
@@ -179,10 +209,20 @@ def linear(
 ) -> Tensor: # [..., H]
     "A linear map with one weight for all, or with one weight for each of M tasks in a single batched product. Raises ValueError if x is not M tasks."
     if weight.dim() == 2: return nn.functional.linear(x, weight, bias)
-    if len(x) != len(weight): raise ValueError(f'x is {list(x.shape)} but the weights are for {len(weight)} tasks; x must be [{len(weight)}, ..., D]')
-    flat = x.reshape(len(weight), -1, x.shape[-1])  # [M, everything else, D]
-    y = (torch.bmm(flat, weight.mT) if bias is None
-         else torch.baddbmm(bias[:, None], flat, weight.mT))
+    return product(x, weight.mT, None if bias is None else bias[:, None])
+
+def product(
+    x: Tensor, # [..., D]; with one matrix per task [M, ..., D]
+    W: Tensor, # [D, H], or one per task: [M, D, H]
+    add: Tensor = None, # [..., H] like the result; with one matrix per task also [M, 1, H]
+) -> Tensor: # [..., H]
+    "x W + add, in one operation. Raises ValueError if x is not M tasks."
+    if W.dim() == 2:
+        if add is None: return x @ W
+        return torch.addmm(add, x, W) if x.dim() == 2 else torch.addmm(add.flatten(0, -2), x.flatten(0, -2), W).view(add.shape)
+    if len(x) != len(W): raise ValueError(f'x is {list(x.shape)} but the weights are for {len(W)} tasks; x must be [{len(W)}, ..., D]')
+    flat = x.reshape(len(W), -1, x.shape[-1])  # [M, everything else, D]
+    y = torch.bmm(flat, W) if add is None else torch.baddbmm(add if add.dim() == 3 else add.reshape(*flat.shape[:2], -1), flat, W)
     return y.view(*x.shape[:-1], -1)
 
 def to_real(
@@ -197,26 +237,26 @@ class Discretised:
 
     def __init__(self,
                  A_bar: Tensor, # complex [P], or [M, P]; real for real modes
-                 W_in: Tensor, # [2P, D], or [M, 2P, D]: B_bar, real and imaginary rows interleaved; [P, D] for real modes
-                 W_out: Tensor, # [H, 2P], or [M, H, 2P]: 2 Re(C) and -2 Im(C), interleaved; [H, P] for real modes
-                 D: Tensor): # [H, D], or [M, H, D]
+                 W_in: Tensor, # [D, 2P], or [M, D, 2P]: B_bar transposed, real and imaginary columns interleaved; [D, P] for real modes
+                 W_out: Tensor, # [2P, H], or [M, 2P, H]: 2 Re(C) and -2 Im(C) transposed, interleaved; [P, H] for real modes
+                 D: Tensor): # [D, H], or [M, D, H]: transposed
         self.A_bar, self.W_in, self.W_out, self.D = A_bar, W_in, W_out, D
 
     @property
     def B_bar(self) -> Tensor: # [P, D], or [M, P, D]
         "The discrete input matrix, complex unless the modes are real."
-        if not self.A_bar.is_complex(): return self.W_in
-        return torch.view_as_complex(self.W_in.unflatten(-2, (-1, 2)).movedim(-2, -1).contiguous())
+        if not self.A_bar.is_complex(): return self.W_in.mT
+        return torch.view_as_complex(self.W_in.unflatten(-1, (-1, 2))).mT
 
     def drive(self, u):  # B_bar u, [..., P]
-        x = linear(u, self.W_in)
-        return torch.view_as_complex(x.unflatten(-1, (-1, 2))) if self.A_bar.is_complex() else x
+        x = product(u, self.W_in)
+        return torch.view_as_complex(x.view(*x.shape[:-1], x.shape[-1] // 2, 2)) if self.A_bar.is_complex() else x
 
     def readout(self, h, u):  # y, real [..., H]
-        return linear(to_real(h), self.W_out) + linear(u, self.D)
+        return product(to_real(h), self.W_out, product(u, self.D))
 
     def decay(self, n):  # A_bar with n middle dimensions, so that it broadcasts against [M, ..., P]
-        return self.A_bar.reshape(*self.A_bar.shape[:-1], *[1] * n, self.A_bar.shape[-1])
+        return self.A_bar if self.A_bar.dim() == 1 else self.A_bar.reshape(*self.A_bar.shape[:-1], *[1] * n, self.A_bar.shape[-1])
 
     def __call__(self,
                  u: Tensor, # one input, [B, D]; with stacked parameters [M, K, D]
@@ -252,11 +292,12 @@ def discretise(
     dt = params['log_dt'].exp()
     x = eigenvalues(params) * dt
     gain = (dt * phi1(x)).unsqueeze(-1)
-    if not x.is_complex(): return Discretised(x.exp(), gain * params['B_real'], params['C_real'], params['D'])
+    turned = lambda matrix: matrix.mT.contiguous()
+    if not x.is_complex(): return Discretised(x.exp(), turned(gain * params['B_real']), turned(params['C_real']), turned(params['D']))
     B_bar = gain * torch.complex(params['B_real'], params['B_imag'])
-    W_in = torch.view_as_real(B_bar).movedim(-1, -2).flatten(-3, -2)
-    W_out = torch.stack([2 * params['C_real'], -2 * params['C_imag']], -1).flatten(-2)
-    return Discretised(x.exp(), W_in, W_out, params['D'])
+    W_in = torch.view_as_real(B_bar).transpose(-3, -2).flatten(-2)                                 # [..., D, 2P]
+    W_out = torch.stack([2 * params['C_real'].mT, -2 * params['C_imag'].mT], -2).flatten(-3, -2)  # [..., 2P, H]
+    return Discretised(x.exp(), W_in, W_out, turned(params['D']))
 
 def initial_parameters(
     config: SSMConfig, # sizes and initialisation

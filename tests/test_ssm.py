@@ -178,7 +178,7 @@ def test_zero_order_hold(seed, log_dt):
     A, B = block_diag(*map(as_block, eigenvalues(params).numpy())), torch.stack([params['B_real'], params['B_imag']], 1).flatten(0, 1).numpy()
     both, ours = expm(np.block([[A, B], [np.zeros((3, 9))]]) * np.exp(log_dt))[:6], discretise(params)
     np.testing.assert_allclose(both[:, :6], block_diag(*map(as_block, ours.A_bar.numpy())), atol=1e-11)
-    np.testing.assert_allclose(both[:, 6:], ours.W_in.numpy(), atol=1e-11)
+    np.testing.assert_allclose(both[:, 6:], ours.W_in.mT.numpy(), atol=1e-11)
 
 
 @given(inits, *[st.floats(-15, 5)] * 2, st.floats(-1e3, 1e3))
