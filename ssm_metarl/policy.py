@@ -66,7 +66,7 @@ class PolicyConfig:
     "Sizes and initial values of an `SSMMetaPolicy`."
     hidden_dim: int = 64 # H, width of the encoder, of the core's input and output and of the features
     state_dim: int = 32 # N, real numbers of SSM state
-    init: str = 'lru' # eigenvalues of the core: 'lru', 'legs' or 'real', as in `SSMConfig`
+    init: str = 'lru' # eigenvalues of the core, as in `SSMConfig`
     init_log_std: float = -0.5 # initial log standard deviation of a Gaussian action, in units of half the action range
     min_log_std: float = -2.5 # floor of the same; keeps exploring, and log-probabilities finite
     history: bool = False # also see the previous action, reward and episode start (RL^2 needs it)

@@ -15,7 +15,7 @@ from scipy.linalg import block_diag, expm
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, vmap
 
-from ssm_metarl.ssm import INITS, SSM, SSMConfig, discretise, eigenvalues, legs_eigenvalues, linear, phi1, read_npz, scan, to_real, write_npz
+from ssm_metarl.ssm import INITS, REAL_INITS, SSM, SSMConfig, discretise, eigenvalues, legs_eigenvalues, linear, phi1, read_npz, scan, to_real, write_npz
 
 torch.set_num_threads(1)
 settings.register_profile('short', max_examples=25, deadline=None, derandomize=True)
@@ -184,7 +184,7 @@ def test_zero_order_hold(seed, log_dt):
 @given(inits, *[st.floats(-15, 5)] * 2, st.floats(-1e3, 1e3))
 def test_always_stable(init, log_decay, log_dt, frequency):
     params = parameters(layer(init)) | dict(log_decay=torch.full((6,), log_decay), log_dt=torch.full((6,), log_dt))
-    if init != 'real': params['frequency'] = torch.full((6,), frequency)
+    if init not in REAL_INITS: params['frequency'] = torch.full((6,), frequency)
     assert (eigenvalues(params).real < 0).all()
     params = {k: v.double() for k, v in params.items() if k in ('log_decay', 'log_dt', 'frequency')}
     assert ((eigenvalues(params) * params['log_dt'].exp()).exp().abs() < 1).all()
@@ -201,7 +201,7 @@ def test_legs_eigenvalues(P):
 @given(inits, seeds, st.integers(0, 3), st.integers(1, 9), flags)
 def test_step_equals_sequence(init, seed, B, T, given_state):
     ssm, x, reset = layer(init, seed), random(seed, B, T, 3, dtype=torch.float32), chance(seed, .3, B, T)
-    start = random([seed, 1], *ssm.initial_state(B).shape, is_complex=init != 'real', dtype=torch.float32) if given_state else None
+    start = random([seed, 1], *ssm.initial_state(B).shape, is_complex=init not in REAL_INITS, dtype=torch.float32) if given_state else None
     y, last = ssm(x, start, reset)
     step, state, features = ssm.stepper(), ssm.initial_state(B) if start is None else start, ssm.extract_features(x, start, reset)
     assert (y.shape, features.shape, last.shape) == ((B, T, 2), (B, T, 6), (B, ssm.config.modes))
@@ -221,7 +221,7 @@ def test_the_equations(init):
     ssm, u, h = layer(init, dtype=torch.float64), random(0, 1, 5, 3), 0
     for t in range(5):
         h = ssm.A_bar * h + ssm.B_bar @ u[0, t].to(ssm.B_bar.dtype)
-        y = ssm.C @ h if init == 'real' else 2 * (ssm.C @ h).real
+        y = ssm.C @ h if init in REAL_INITS else 2 * (ssm.C @ h).real
         torch.testing.assert_close(ssm(u)[0][0, t], y + ssm.D @ u[0, t])
 
 
@@ -270,7 +270,7 @@ def test_layer_derivatives(init):
     ssm = layer(init, dtype=torch.float64, N=4)
     names, values = zip(*ssm.named_parameters())
     reset = torch.tensor([[False, False, True]])
-    f = lambda u, state, *values: ssm.functional(dict(zip(names, values)), u, torch.view_as_complex(state) if init != 'real' else state[..., 0], reset)[0]
+    f = lambda u, state, *values: ssm.functional(dict(zip(names, values)), u, torch.view_as_complex(state) if init not in REAL_INITS else state[..., 0], reset)[0]
     inputs = [x.detach().requires_grad_() for x in (random(0, 1, 3, 3), random(1, 1, ssm.config.modes, 2), *values)]
     assert gradcheck(f, inputs) and gradgradcheck(f, inputs)
 
@@ -281,7 +281,7 @@ def test_a_module_like_any_other(init):
     before, x = torch.random.get_rng_state(), random(0, 2, 4, 3)
     ssm, other = layer(init, 0, torch.float64), layer(init, 1, torch.float64)
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert ssm(x)[0].dtype == torch.float64 and ssm.initial_state(2).dtype == (torch.float64 if init == 'real' else torch.complex128)
+    assert ssm(x)[0].dtype == torch.float64 and ssm.initial_state(2).dtype == (torch.float64 if init in REAL_INITS else torch.complex128)
     assert torch.equal(functional_call(ssm, parameters(other), (x,))[0], other(x)[0])
     assert torch.equal(copy.deepcopy(ssm)(x)[0], ssm(x)[0]) and not torch.equal(other(x)[0], ssm(x)[0])
     other.load_state_dict(ssm.state_dict())
