@@ -1,0 +1,96 @@
+"Properties of stacks and selective layers that hold for any shape, reset, state and file."
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.func import grad, vmap
+
+from ssm_metarl.memory import SelectiveSSM, SSMStack, SSMStackConfig
+from ssm_metarl.ssm import SSM, SSMConfig
+
+torch.set_num_threads(1)
+settings.register_profile('memory', max_examples=15, deadline=None, derandomize=True)
+settings.load_profile('memory')
+seeds, flags = st.integers(0, 2**20), st.booleans()
+
+
+def random(seed, *shape): return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape))
+
+
+def chance(seed, p, *shape): return torch.from_numpy(np.random.default_rng([seed, 7]).random(shape) < p)
+
+
+def excite(module, seed):
+    "Gates away from 0, so that the dynamics do depend on the input."
+    with torch.no_grad():
+        for i, (name, p) in enumerate(module.named_parameters()):
+            if name.endswith('gate'): p.copy_(random([seed, i], *p.shape))
+    return module
+
+
+def make(selective, layers, seed): return excite(SSMStack(SSMStackConfig(3, 2, 4, layers, 6, selective=selective), seed).double(), seed)
+
+
+@given(seeds, flags, st.integers(1, 3), st.integers(0, 2), st.integers(1, 7), st.integers(0, 6), flags)
+def test_step_sequence_and_pieces_agree(seed, selective, layers, B, T, cut, given_state):
+    stack, x, reset = make(selective, layers, seed), random(seed, B, T, 3), chance(seed, .3, B, T)
+    start = torch.view_as_complex(random([seed, 1], B, layers, 3, 2)) if given_state else stack.initial_state(B)
+    whole, last = stack(x, start, reset)
+    step, state, cut = stack.stepper(), start, min(cut, T)
+    for t in range(T):
+        y, state = step(x[:, t], state, reset[:, t])
+        torch.testing.assert_close(y, whole[:, t])
+    torch.testing.assert_close(state, last)
+    first, middle = stack(x[:, :cut], start, reset[:, :cut])
+    second, end = stack(x[:, cut:], middle, reset[:, cut:])
+    torch.testing.assert_close(torch.cat([first, second], 1), whole)
+    torch.testing.assert_close(end, last)
+
+
+@given(seeds, flags, st.integers(1, 5), st.sampled_from([torch.inf, torch.nan]))
+def test_a_reset_cuts_the_past(seed, selective, k, poison):
+    stack, x = make(selective, 2, seed), random(seed, 2, 6, 3)
+    reset, bad = torch.arange(6).expand(2, 6) == k, x.clone()
+    bad[:, :k] = poison
+    late = lambda params, x: stack.functional(params, x, None, reset)[0][:, k:]
+    params = {n: p.detach() for n, p in stack.named_parameters()}
+    assert torch.equal(late(params, bad), late(params, x))
+
+
+@given(seeds, flags)
+def test_stacked_tasks_are_tasks_one_by_one(seed, selective):
+    alone = [{n: p.detach() for n, p in make(selective, 2, seed + m).named_parameters()} for m in range(3)]
+    stack, stacked = make(selective, 2, seed), {n: torch.stack([p[n] for p in alone]) for n in alone[0]}
+    x, reset = random(seed, 3, 2, 5, 3), chance(seed, .3, 3, 2, 5)
+    together = stack.functional(stacked, x, None, reset)
+    mapped = vmap(lambda p, x, r: stack.functional(p, x, None, r))(stacked, x, reset)
+    slope = lambda p, x, r: grad(lambda p: stack.functional(p, x, None, r)[0].square().sum())(p)
+    slopes = vmap(slope)(stacked, x, reset)
+    for m in range(3):
+        for a, b, c in zip(together, mapped, stack.functional(alone[m], x[m], None, reset[m])): torch.testing.assert_close(a[m], c), torch.testing.assert_close(b[m], c)
+        for n, g in slope(alone[m], x[m], reset[m]).items(): torch.testing.assert_close(slopes[n][m], g)
+
+
+@pytest.mark.parametrize('init', ['lru', 'real', 's4d-lin'])
+def test_a_closed_gate_is_the_plain_layer(init):
+    plain, selective = (kind(SSMConfig(3, 8, 2, init), seed=4).double() for kind in (SSM, SelectiveSSM))
+    x, reset = random(0, 2, 300, 3), chance(0, .05, 2, 300)
+    torch.testing.assert_close(selective(x, reset=reset)[0], plain(x, reset=reset)[0])
+
+
+@pytest.mark.parametrize('selective', [False, True])
+def test_files(selective, tmp_path):
+    stack, x = make(selective, 2, 1), random(0, 2, 5, 3)
+    stack.save(tmp_path / 'a.npz')
+    again = SSMStack.load(tmp_path / 'a.npz')
+    assert again.config == stack.config and torch.equal(again(x)[0], stack(x)[0])
+    with pytest.raises(ValueError, match="holds 'ssm_metarl.SSMStack'"): SSM.load(tmp_path / 'a.npz')
+    layer = excite(SelectiveSSM(SSMConfig(3, 8, 2)), 0)
+    layer.save(tmp_path / 'b.npz')
+    assert torch.equal(SelectiveSSM.load(tmp_path / 'b.npz')(x.float())[0], layer(x.float())[0])
+
+
+@pytest.mark.parametrize('name, value', [('input_dim', 0), ('width', -1), ('layers', 1.5), ('state_dim', 7), ('init', 'hipo')])
+def test_nonsense_is_refused(name, value):
+    with pytest.raises(ValueError, match=f'{name}={value!r}'): SSMStackConfig(**dict(input_dim=1, output_dim=1) | {name: value})
