@@ -5,7 +5,7 @@ python benchmarks/ssm.py forward step            only rows whose name contains o
 python benchmarks/ssm.py --json FILE             also write {"rows": [{"name", "ratio", "peer", "ms"}]}
 python benchmarks/ssm.py --device cuda           on a GPU
 
-Layer: 64 features in and out, 64 real numbers of state, resets in 2 % of all steps; one CPU thread. The peers s5-pytorch and mambapy are measured where they
+Layer: 64 features in and out, 64 real numbers of state, resets in 2 % of all steps; one CPU thread. Single steps also with a diagonal D, as S4 and S5 have it. The peers s5-pytorch and mambapy are measured where they
 are installed (pip install -e '.[bench]'): they have no resets, so ours runs without resets against them, and against mambapy only with real modes.
 """
 import argparse
@@ -62,15 +62,17 @@ def sequences(device, init):
 
 def steps(device, init, n=50):
     "Rows for single steps, as in a rollout: n in a row."
-    ssm, cell = SSM(SSMConfig(D, N, D, init=init)).to(device), nn.GRUCell(D, N).to(device)
-    step = ssm.stepper()
-    for B in (1, 64, 256):
+    for B, feedthrough in ((B, feedthrough) for B in (1, 64, 256) for feedthrough in ('full', 'diagonal')):
+        ssm, cell = SSM(SSMConfig(D, N, D, init=init, feedthrough=feedthrough)).to(device), nn.GRUCell(D, N).to(device)
+        step = ssm.stepper()
         u, h, state, reset = torch.randn(B, D, device=device), torch.zeros(B, N, device=device), ssm.initial_state(B), torch.rand(B, device=device) < .02
-        def ours(u=u, state=state, reset=reset):
-            with torch.no_grad(): [step(u, state, reset) for _ in range(n)]
-        def peer(u=u, h=h):
-            with torch.no_grad(): [cell(u, h) for _ in range(n)]
-        yield f'{n} steps B={B} ({init})', ours, 'nn.GRUCell', peer
+        @torch.no_grad()
+        def ours(step=step, u=u, state=state, reset=reset):
+            for _ in range(n): y, state = step(u, state, reset)
+        @torch.no_grad()
+        def peer(cell=cell, u=u, h=h):
+            for _ in range(n): h = cell(u, h)
+        yield f'{n} steps B={B} ({init}, D {feedthrough})', ours, 'nn.GRUCell', peer
 
 
 def through_a_step(device, init, M=8, B=8, T=128):

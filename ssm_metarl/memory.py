@@ -58,15 +58,15 @@ class Selective(Discretised):
                  params: dict, # of a `SelectiveSSM`, each value [...] or stacked [M, ...]
                  plain: Discretised, # the same layer without selection: its D and readout are ours, too
                  lam: Tensor): # eigenvalues, [P] or [M, P]
-        super().__init__(plain.A_bar, plain.W_in, plain.W_out, plain.D)
+        super().__init__(plain.A_bar, plain.W_in, plain.W_out, plain.D, plain.diagonal)
         self.lam, self.dt, self.gate = lam, params['log_dt'].exp(), params['gate'].mT
         B = torch.complex(params['B_real'], params['B_imag']) if 'B_imag' in params else params['B_real']
         self.B = torch.view_as_real(B).transpose(-3, -2).flatten(-2) if B.is_complex() else B.mT  # [..., D, 2P]
 
     def transition(self, u):
-        n, middle = u.dim() - self.lam.dim(), lambda x, n: x if x.dim() == 1 else x.reshape(*x.shape[:-1], *[1] * n, x.shape[-1])
-        dt = middle(self.dt, n) * F.softplus(product(u, self.gate) + math.log(math.e - 1))  # [..., P]
-        x, b = middle(self.lam, n) * dt, product(u, self.B)
+        middle = lambda v: v if v.dim() == 1 else v.reshape(len(v), *[1] * (u.dim() - 2), v.shape[-1])
+        dt = middle(self.dt) * F.softplus(product(u, self.gate) + math.log(math.e - 1))  # [..., P]
+        x, b = middle(self.lam) * dt, product(u, self.B)
         if x.is_complex(): b = torch.view_as_complex(b.view(*b.shape[:-1], b.shape[-1] // 2, 2))
         return x.exp(), dt * phi1(x) * b
 

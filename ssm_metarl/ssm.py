@@ -191,6 +191,7 @@ class SSMConfig:
     dt_min: float = 1e-3 # smallest step size at the start, for 'legs' and 's4d-...'
     dt_max: float = 1e-1 # largest step size at the start, likewise
     discretisation: str = 'zoh' # from continuous to discrete time: 'zoh' (zero-order hold) or 'bilinear'
+    feedthrough: str = 'full' # D: 'full' (a matrix), or 'diagonal' (each feature to itself, as in S4 and S5; needs output_dim = input_dim)
 
     def __post_init__(self):
         if self.output_dim is None: object.__setattr__(self, 'output_dim', self.input_dim)
@@ -199,6 +200,9 @@ class SSMConfig:
                 raise ValueError(f'{name}={getattr(self, name)!r} is not a positive int')
         if self.init not in INITS: raise ValueError(f'init={self.init!r} is not one of {INITS}')
         if self.discretisation not in DISCRETISATIONS: raise ValueError(f'discretisation={self.discretisation!r} is not one of {DISCRETISATIONS}')
+        if self.feedthrough not in ('full', 'diagonal'): raise ValueError(f"feedthrough={self.feedthrough!r} is not one of 'full', 'diagonal'")
+        if self.feedthrough == 'diagonal' and self.input_dim != self.output_dim:
+            raise ValueError(f"feedthrough='diagonal' leads each feature to itself, but input_dim={self.input_dim} and output_dim={self.output_dim}; take 'full'")
         if self.is_complex and self.state_dim % 2:
             raise ValueError(f'state_dim={self.state_dim} is odd, but complex states come in conjugate pairs; take {self.state_dim + 1}')
         if not 0 < self.dt_min <= self.dt_max: raise ValueError(f'dt_min={self.dt_min}, dt_max={self.dt_max}; need 0 < dt_min <= dt_max')
@@ -260,6 +264,9 @@ def to_real(
     return torch.view_as_real(h).flatten(-2) if h.is_complex() else h
 
 # %% ../nbs/00_ssm.ipynb #000049
+def _between(v, x):  # a vector [P], or one per task [M, P] with middle dimensions so that it broadcasts against x [M, ..., D]
+    return v if v.dim() == 1 else v.reshape(len(v), *[1] * (x.dim() - 2), v.shape[-1])
+
 class Discretised:
     "The discrete-time layer, computed once: h_t = A_bar h_{t-1} + B_bar u_t, y_t = 2 Re(C h_t) + D u_t (without the 2 Re for real modes)."
 
@@ -267,8 +274,9 @@ class Discretised:
                  A_bar: Tensor, # complex [P], or [M, P]; real for real modes
                  W_in: Tensor, # [D, 2P], or [M, D, 2P]: B_bar transposed, real and imaginary columns interleaved; [D, P] for real modes
                  W_out: Tensor, # [2P, H], or [M, 2P, H]: 2 Re(C) and -2 Im(C) transposed, interleaved; [P, H] for real modes
-                 D: Tensor): # [D, H], or [M, D, H]: transposed
-        self.A_bar, self.W_in, self.W_out, self.D = A_bar, W_in, W_out, D
+                 D: Tensor, # [D, H], or [M, D, H]: transposed; its diagonal [H], or [M, H], if `diagonal`
+                 diagonal: bool = False): # kind of D
+        self.A_bar, self.W_in, self.W_out, self.D, self.diagonal = A_bar, W_in, W_out, D, diagonal
 
     @property
     def B_bar(self) -> Tensor: # [P, D], or [M, P, D]
@@ -281,13 +289,11 @@ class Discretised:
         return torch.view_as_complex(x.view(*x.shape[:-1], x.shape[-1] // 2, 2)) if self.A_bar.is_complex() else x
 
     def readout(self, h, u):  # y, real [..., H]
+        if self.diagonal: return torch.addcmul(product(to_real(h), self.W_out), u, _between(self.D, u))
         return product(to_real(h), self.W_out, product(u, self.D))
 
-    def decay(self, n):  # A_bar with n middle dimensions, so that it broadcasts against [M, ..., P]
-        return self.A_bar if self.A_bar.dim() == 1 else self.A_bar.reshape(*self.A_bar.shape[:-1], *[1] * n, self.A_bar.shape[-1])
-
     def transition(self, u):  # a and b of h_t = a_t h_{t-1} + b_t: what a subclass with other dynamics changes
-        return self.decay(u.dim() - self.A_bar.dim()), self.drive(u)
+        return _between(self.A_bar, u), self.drive(u)
 
     def __call__(self,
                  u: Tensor, # one input, [B, D]; with stacked parameters [M, K, D]
@@ -334,11 +340,13 @@ def discretise(
     "The layer in discrete time."
     A_bar, gain = step_factors(eigenvalues(params), params['log_dt'].exp(), method)
     gain, turned = gain.unsqueeze(-1), lambda matrix: matrix.mT.contiguous()
-    if not A_bar.is_complex(): return Discretised(A_bar, turned(gain * params['B_real']), turned(params['C_real']), turned(params['D']))
+    diagonal = params['D'].dim() == params['log_dt'].dim()
+    D = params['D'] if diagonal else turned(params['D'])
+    if not A_bar.is_complex(): return Discretised(A_bar, turned(gain * params['B_real']), turned(params['C_real']), D, diagonal)
     B_bar = gain * torch.complex(params['B_real'], params['B_imag'])
     W_in = torch.view_as_real(B_bar).transpose(-3, -2).flatten(-2)                                # [..., D, 2P]
     W_out = torch.stack([2 * params['C_real'].mT, -2 * params['C_imag'].mT], -2).flatten(-3, -2)  # [..., 2P, H]
-    return Discretised(A_bar, W_in, W_out, turned(params['D']))
+    return Discretised(A_bar, W_in, W_out, D, diagonal)
 
 def initial_parameters(
     config: SSMConfig, # sizes and initialisation
@@ -352,7 +360,7 @@ def initial_parameters(
     B_bar = normal((config.modes, config.input_dim)) * np.sqrt((1 - np.abs(A_bar)**2) / config.input_dim)[:, None]
     B = B_bar / gain[:, None]
     C = normal((config.output_dim, config.modes)) / np.sqrt(config.state_dim)
-    D = rng.standard_normal((config.output_dim, config.input_dim)) / np.sqrt(config.input_dim)
+    D = rng.standard_normal(config.output_dim) if config.feedthrough == 'diagonal' else rng.standard_normal((config.output_dim, config.input_dim)) / np.sqrt(config.input_dim)
     arrays = dict(log_decay=np.log(-lam.real), frequency=lam.imag, log_dt=np.log(dt), B_real=B.real, B_imag=B.imag, C_real=C.real, C_imag=C.imag, D=D)
     if not config.is_complex: arrays = {k: v for k, v in arrays.items() if k not in ('frequency', 'B_imag', 'C_imag')}
     return {k: torch.tensor(v, dtype=torch.get_default_dtype()) for k, v in arrays.items()}
