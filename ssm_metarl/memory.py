@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['SSMStackConfig', 'part', 'gated', 'Selective', 'SelectiveSSM', 'SSMStack']
 
-# %% ../nbs/00a_memory.ipynb #0b9d5a3a
+# %% ../nbs/00a_memory.ipynb #a150ae49
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .ssm import SSM, Discretised, Persistent, SSMConfig, eigenvalues, linear, phi1, product
+from .ssm import SSM, Discretised, Persistent, SSMConfig, eigenvalues, linear, product, step_factors
 
-# %% ../nbs/00a_memory.ipynb #4d25f6a5
+# %% ../nbs/00a_memory.ipynb #9e680da7
 @dataclass(frozen=True)
 class SSMStackConfig:
     "Sizes of a stack of state space layers. Raises ValueError for sizes that make none."
@@ -50,25 +51,26 @@ def gated(
     value, gate = linear(F.gelu(y), params['weight'], params['bias']).chunk(2, -1)
     return value * gate.sigmoid()
 
-# %% ../nbs/00a_memory.ipynb #ad72f1cb
+# %% ../nbs/00a_memory.ipynb #0c430dd9
 class Selective(Discretised):
     "A layer in discrete time whose step sizes depend on the input."
 
     def __init__(self,
                  params: dict, # of a `SelectiveSSM`, each value [...] or stacked [M, ...]
                  plain: Discretised, # the same layer without selection: its D and readout are ours, too
-                 lam: Tensor): # eigenvalues, [P] or [M, P]
+                 lam: Tensor, # eigenvalues, [P] or [M, P]
+                 method: str = 'zoh'): # of discretisation
         super().__init__(plain.A_bar, plain.W_in, plain.W_out, plain.D, plain.diagonal)
-        self.lam, self.dt, self.gate = lam, params['log_dt'].exp(), params['gate'].mT
+        self.lam, self.method, self.dt, self.gate = lam, method, params['log_dt'].exp(), params['gate'].mT
         B = torch.complex(params['B_real'], params['B_imag']) if 'B_imag' in params else params['B_real']
         self.B = torch.view_as_real(B).transpose(-3, -2).flatten(-2) if B.is_complex() else B.mT  # [..., D, 2P]
 
     def transition(self, u):
         middle = lambda v: v if v.dim() == 1 else v.reshape(len(v), *[1] * (u.dim() - 2), v.shape[-1])
         dt = middle(self.dt) * F.softplus(product(u, self.gate) + math.log(math.e - 1))  # [..., P]
-        x, b = middle(self.lam) * dt, product(u, self.B)
-        if x.is_complex(): b = torch.view_as_complex(b.view(*b.shape[:-1], b.shape[-1] // 2, 2))
-        return x.exp(), dt * phi1(x) * b
+        (a, gain), b = step_factors(middle(self.lam), dt, self.method), product(u, self.B)
+        if a.is_complex(): b = torch.view_as_complex(b.view(*b.shape[:-1], b.shape[-1] // 2, 2))
+        return a, gain * b
 
 
 class SelectiveSSM(SSM):
@@ -81,9 +83,9 @@ class SelectiveSSM(SSM):
 
     def stepper(self, params=None):
         params = dict(self.named_parameters()) if params is None else params
-        return Selective(params, super().stepper(params), eigenvalues(params))
+        return Selective(params, super().stepper(params), eigenvalues(params), self.config.discretisation)
 
-# %% ../nbs/00a_memory.ipynb #c66aa900
+# %% ../nbs/00a_memory.ipynb #ef4c0aa1
 class SSMStack(Persistent):
     "Encoder, L blocks of norm, state space layer, gate and residual, decoder."
     format, format_version, config_class = 'ssm_metarl.SSMStack', 1, SSMStackConfig
@@ -103,7 +105,7 @@ class SSMStack(Persistent):
                         seed: int): # the same seed gives the same parameters
         "Draw all parameters afresh, from a generator of its own."
         g = torch.Generator().manual_seed(seed)
-        for i, core in enumerate(self.cores): core.init_parameters(seed + 1000 * i)
+        for i, core in enumerate(self.cores): core.init_parameters(int(np.random.SeedSequence([seed, i]).generate_state(1)[0]))
         with torch.no_grad():
             for module in (self.encoder, *self.gates, self.decoder):
                 module.weight.normal_(0, module.in_features ** -.5, generator=g), module.bias.zero_()
@@ -111,6 +113,10 @@ class SSMStack(Persistent):
     def initial_state(self, *shape) -> Tensor: # [*shape, L, P]
         "Zero states for `shape` sequences."
         return self.cores[0].initial_state(*shape, self.config.layers)
+
+    def _check(self, x, state):
+        if x.dim() < 2 or x.shape[-1] != self.config.input_dim: raise ValueError(f'x is {list(x.shape)}; expected [..., {self.config.input_dim}] for at least one sequence')
+        if state is not None and state.shape[-2] != self.config.layers: raise ValueError(f'state is {list(state.shape)}; this stack needs [..., {self.config.layers}, {self.config.core.modes}]')
 
     def _through(self, params, x, run):  # run(i, z): the i-th state space layer
         x = linear(x, params['encoder.weight'], params['encoder.bias'])
@@ -121,6 +127,7 @@ class SSMStack(Persistent):
     def _output(self, params, features): return linear(features, params['decoder.weight'], params['decoder.bias'])
 
     def features(self, params, x, state=None, reset=None):  # what the decoder sees [..., T, W], and the state after the last step
+        self._check(x, state)
         states = []
         def run(i, z):
             y, last = self.cores[i].functional(part(params, f'cores.{i}.'), z, None if state is None else state[..., i, :], reset)
@@ -136,17 +143,17 @@ class SSMStack(Persistent):
                    reset: Tensor = None, # bool [..., T]; True: forget the states before this step
                   ) -> tuple: # y [..., T, H], state after the last step [..., L, P]
         "Whole sequences under the given parameters: a pure function. Raises ValueError for shapes that do not fit."
-        if x.dim() < 2 or x.shape[-1] != self.config.input_dim: raise ValueError(f'x is {list(x.shape)}; expected [..., T, {self.config.input_dim}]')
         features, state = self.features(params, x, state, reset)
         return self._output(params, features), state
 
     def stepper(self,
                 params: dict = None, # flat dict, each value [...] or stacked [M, ...]; None: the module's own
-               ): # function (x [..., D], state [..., L, P], reset [...] or None) -> (y [..., H], state)
+               ): # function (x [B, D], state [B, L, P], reset [B] or None) -> (y [B, H], state); [M, K, ...] when stacked
         "One step at a time, with every layer discretised once: make a new one when the parameters change."
         params = dict(self.named_parameters()) if params is None else params
         cores = [core.stepper(part(params, f'cores.{i}.')) for i, core in enumerate(self.cores)]
         def step(x, state, reset=None):
+            self._check(x, state)
             states = []
             def run(i, z):
                 y, h = cores[i](z, state[..., i, :], reset)

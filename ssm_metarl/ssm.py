@@ -76,10 +76,11 @@ def _recur(a, b, h, reset, out, reverse):  # the same in two passes over blocks 
     _loop(decay, drive, before, flags, blocks(out), reverse)
     return _loop(cut(a, rest, -2), b[..., rest, :], last, cut(reset, rest, -1), out[..., rest, :], reverse) if T > n * K else last
 
-def _clean(x, reset):  # 0 where a reset cut, and where a poisoned past, which no loss depends on, would turn 0 * inf into nan
-    if reset is None: return x
-    x = x.masked_fill(reset.unsqueeze(-1), 0)
-    return torch.view_as_complex(torch.view_as_real(x).nan_to_num(0, 0, 0)) if x.is_complex() else x.nan_to_num(0, 0, 0)
+def _finite(x):  # 0 for what is not: in a poisoned past, which no loss depends on, 0 * inf would be nan
+    return torch.view_as_complex(torch.view_as_real(x.resolve_conj()).nan_to_num(0, 0, 0)) if x.is_complex() else x.nan_to_num(0, 0, 0)
+
+def _clean(x, reset):  # also 0 where a reset cut
+    return x if reset is None else _finite(x.masked_fill(reset.unsqueeze(-1), 0))
 
 class _Scan(torch.autograd.Function):
     "h_t = a_t h_{t-1} + b_t; in reverse, as its gradient needs it, h_t = a_{t+1} h_{t+1} + b_t. Where reset_t, there is no way between t-1 and t."
@@ -102,6 +103,7 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         a, h0, reset, h = ctx.saved_tensors
+        if reset is not None: a = _finite(a)
         start = torch.zeros_like(h[..., 0, :]) if ctx.reverse else None
         g = _Scan.apply(a.conj().resolve_conj(), grad, start, reset, not ctx.reverse)  # the same recurrence, the other way round
         early, late = (g, h) if ctx.reverse else (h, g)                                # a_t stands between step t-1 of one and step t of the other
@@ -136,7 +138,7 @@ def scan(
     h0: Tensor = None, # state before the first step, [..., N]; zero if not given
     reset: Tensor = None, # bool [..., T]; True: step t starts from a zero state
 ) -> Tensor: # all states, [..., T, N]
-    "The linear recurrence h_t = a_t h_{t-1} + b_t, as often differentiable as you like; a reset cuts the past, in values and gradients. Raises ValueError for shapes that do not fit."
+    "The linear recurrence h_t = a_t h_{t-1} + b_t with |a| <= 1, as often differentiable as you like; a reset cuts the past, in values and gradients. Raises ValueError for shapes that do not fit."
     T, N = b.shape[-2:]
     _check_reset(reset, b.shape[:-1])
     if h0 is not None and h0.shape != b.shape[:-2] + (N,):
@@ -144,7 +146,7 @@ def scan(
     if a.dim() > b.dim() or any(i not in (1, j) for i, j in zip(a.shape[::-1], b.shape[::-1])):
         raise ValueError(f'a is {list(a.shape)}; it must broadcast to b, {list(b.shape)}')
     dtype = torch.promote_types(a.dtype, b.dtype)
-    if h0 is not None and h0.is_complex(): dtype = dtype.to_complex()
+    if h0 is not None: dtype = torch.promote_types(dtype, h0.dtype)
     a, b = a.to(dtype), b.to(dtype)
     if T == 0: return b
     if a.dim() < 2: a = a.expand(1, N)
@@ -172,7 +174,7 @@ def s4d_eigenvalues(
     P: int, # number of conjugate pairs, or of real modes for 'real'
     kind: str, # 'lin', 'inv' or 'real'
 ) -> np.ndarray: # complex [P], or real [P] for 'real'
-    "S4D-Lin, S4D-Inv and S4D-Real: formulas that come near to HiPPO's eigenvalues, or only to their decays (Gu, Gupta, Goel & Ré, NeurIPS 2022)."
+    "S4D-Lin and S4D-Inv: simple formulas in place of the normal part's eigenvalues; S4D-Real: those of HiPPO-LegS itself, -(n + 1) (Gu, Gupta, Goel & Ré, NeurIPS 2022)."
     n, N = np.arange(P), 2 * P
     return {'lin': -0.5 + 1j * np.pi * n, 'inv': -0.5 + 1j * N / np.pi * (N / (2 * n + 1) - 1), 'real': -(n + 1.)}[kind]
 
@@ -253,9 +255,9 @@ def product(
         if add is None: return x @ W
         return torch.addmm(add, x, W) if x.dim() == 2 else torch.addmm(add.flatten(0, -2), x.flatten(0, -2), W).view(add.shape)
     if len(x) != len(W): raise ValueError(f'x is {list(x.shape)} but the weights are for {len(W)} tasks; x must be [{len(W)}, ..., D]')
-    flat = x.reshape(len(W), -1, x.shape[-1])  # [M, everything else, D]
-    y = torch.bmm(flat, W) if add is None else torch.baddbmm(add if add.dim() == 3 else add.reshape(*flat.shape[:2], -1), flat, W)
-    return y.view(*x.shape[:-1], -1)
+    flat = x.reshape(len(W), x.shape[1:-1].numel(), x.shape[-1])  # [M, everything else, D]
+    y = torch.bmm(flat, W) if add is None else torch.baddbmm(add if add.dim() == 3 else add.reshape(*flat.shape[:2], W.shape[-1]), flat, W)
+    return y.view(*x.shape[:-1], W.shape[-1])
 
 def to_real(
     h: Tensor, # complex [..., P], or real [..., N]

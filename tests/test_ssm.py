@@ -112,20 +112,21 @@ def test_scan_in_two_pieces(problem, k):
     torch.testing.assert_close(torch.cat([first, second], -2), scan(a, b, h0, reset))
 
 
-@given(problems(), st.integers(0, 11), st.sampled_from([torch.inf, -torch.inf, torch.nan]))
-def test_poisoned_past(problem, k, poison):
+@given(problems(), st.integers(0, 11), st.sampled_from([torch.inf, -torch.inf, torch.nan]), flags)
+def test_poisoned_past(problem, k, poison, poison_a):
     "Whatever happened before a reset, values and gradients after it are the same, bit for bit."
     a, b, h0, reset = problem
     a, k = a.expand(b.shape).clone(), min(k, b.shape[-2] - 1)
     reset[..., k] = True
-    bad_b = b.clone()
+    bad_a, bad_b = a.clone(), b.clone()
     bad_b[..., :k, :] = poison
+    if poison_a: bad_a[..., :k, :] = poison
     late = lambda a, b, h0: to_real(scan(a, b, h0, reset)[..., k:, :].contiguous()).square().sum()
     slope = grad(late, (0, 1, 2))
-    assert torch.equal(scan(a, bad_b, h0 * poison, reset)[..., k:, :], scan(a, b, h0, reset)[..., k:, :])
-    for clean, poisoned in zip(slope(a, b, h0), slope(a, bad_b, h0 * poison)): assert torch.equal(clean, poisoned)
+    assert torch.equal(scan(bad_a, bad_b, h0 * poison, reset)[..., k:, :], scan(a, b, h0, reset)[..., k:, :])
+    for clean, poisoned in zip(slope(a, b, h0), slope(bad_a, bad_b, h0 * poison)): assert torch.equal(clean, poisoned)
     curvature = grad(lambda *x: sum(to_real(g.contiguous()).square().sum() for g in slope(*x)), (0, 1, 2))
-    for clean, poisoned in zip(curvature(a, b, h0), curvature(a, bad_b, h0 * poison)): assert torch.equal(clean, poisoned)
+    for clean, poisoned in zip(curvature(a, b, h0), curvature(bad_a, bad_b, h0 * poison)): assert torch.equal(clean, poisoned)
 
 
 @given(seeds, flags, *[st.sampled_from([None, 0, 1])] * 2, *[st.sampled_from([None, 0])] * 2)
@@ -149,6 +150,25 @@ def test_scan_under_vmap(seed, is_complex, a_dim, b_dim, h0_dim, reset_dim):
 def test_scan_under_two_vmaps():
     a, b = random(0, 2, 3, 4), random(1, 2, 3, 5, 4)
     torch.testing.assert_close(vmap(vmap(scan))(a, b), scan(a.unsqueeze(-2), b))
+
+
+def test_stacked_layers_take_nothing_at_all():
+    ssm, M = SSM(SSMConfig(3, 8, 2)), 2
+    params = {k: v.detach().expand(M, *v.shape) for k, v in ssm.named_parameters()}
+    assert ssm.functional(params, torch.zeros(M, 4, 0, 3))[0].shape == (M, 4, 0, 2) and ssm.functional(params, torch.zeros(M, 0, 5, 3))[0].shape == (M, 0, 5, 2)
+
+
+def test_types_of_all_three_count():
+    assert scan(torch.tensor(1), torch.zeros(2, 1, dtype=torch.long), torch.tensor([.5])).tolist() == [[.5], [.5]]
+
+
+@pytest.mark.parametrize('varying', [False, True])
+def test_memory_kept_for_backward(varying):
+    a, b = random(0, *((2, 400, 4) if varying else (4,))).requires_grad_(), random(1, 2, 400, 4).requires_grad_()
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t):
+        scan(a, b, random(2, 2, 4), chance(0, .1, 2, 400))
+    assert sum(t.untyped_storage().nbytes() for t in kept.values()) <= 2.5 * b.nbytes
 
 
 def test_scan_errors_and_empty():
