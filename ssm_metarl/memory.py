@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .ssm import SSM, Discretised, Persistent, SSMConfig, eigenvalues, linear, product, step_factors
+from .ssm import SSM, Discretised, Persistent, SSMConfig, between, eigenvalues, linear, product, step_factors
 
 # %% ../nbs/00a_memory.ipynb #9e680da7
 @dataclass(frozen=True)
@@ -66,9 +66,8 @@ class Selective(Discretised):
         self.B = torch.view_as_real(B).transpose(-3, -2).flatten(-2) if B.is_complex() else B.mT  # [..., D, 2P]
 
     def transition(self, u):
-        middle = lambda v: v if v.dim() == 1 else v.reshape(len(v), *[1] * (u.dim() - 2), v.shape[-1])
-        dt = middle(self.dt) * F.softplus(product(u, self.gate) + math.log(math.e - 1))  # [..., P]
-        (a, gain), b = step_factors(middle(self.lam), dt, self.method), product(u, self.B)
+        dt = between(self.dt, u) * F.softplus(product(u, self.gate) + math.log(math.e - 1))  # [..., P]
+        (a, gain), b = step_factors(between(self.lam, u), dt, self.method), product(u, self.B)
         if a.is_complex(): b = torch.view_as_complex(b.view(*b.shape[:-1], b.shape[-1] // 2, 2))
         return a, gain * b
 

@@ -16,7 +16,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .ssm import SSM, SSMConfig, linear
+from .ssm import SSM, SSMConfig, between, linear
 
 # %% ../nbs/01_policy.ipynb #010013
 def action_log_prob(
@@ -89,10 +89,6 @@ def encode(
     return F.relu(linear(obs, weight, params['encoder.bias']))
 
 # %% ../nbs/01_policy.ipynb #010048
-def _middle(v, x):  # v [H] or [M, H] -> with middle dimensions of size 1, so that it broadcasts against x [M, ..., H]
-    return v.reshape(*v.shape[:-1], *[1] * (x.dim() - v.dim()), v.shape[-1])
-
-
 def heads(
     params: dict, # of the norm, mixer, action and value layers, and 'log_std' for a Gaussian
     u: Tensor, # encoded observation, [..., H]
@@ -100,13 +96,13 @@ def heads(
     min_log_std: float, # floor of the log standard deviation
 ) -> dict: # 'mean' and 'log_std', or 'logits' [..., A]; 'value' [...]; 'features' [..., H]
     "Action distribution, value and features from what the policy sees and remembers."
-    z = F.layer_norm(u + y, u.shape[-1:]) * _middle(params['norm.weight'], u) + _middle(params['norm.bias'], u)
+    z = F.layer_norm(u + y, u.shape[-1:]) * between(params['norm.weight'], u) + between(params['norm.bias'], u)
     features = F.relu(linear(z, params['mixer.weight'], params['mixer.bias']))
     out = linear(features, params['action.weight'], params['action.bias'])
     # the value learns to read the features, it does not shape them
     value = linear(features.detach(), params['value.weight'], params['value.bias']).squeeze(-1)
     if 'log_std' not in params: return dict(logits=out, value=value, features=features)
-    log_std = _middle(params['log_std'], out).clamp(min=min_log_std).expand_as(out)
+    log_std = between(params['log_std'], out).clamp(min=min_log_std).expand_as(out)
     return dict(mean=out, log_std=log_std, value=value, features=features)
 
 # %% ../nbs/01_policy.ipynb #010052

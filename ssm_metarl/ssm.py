@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LOOP_STEPS', 'INITS', 'REAL_INITS', 'DISCRETISATIONS', 'hippo_legs', 'phi1', 'scan', 'legs_eigenvalues',
-           'lru_eigenvalues', 's4d_eigenvalues', 'SSMConfig', 'initial_modes', 'linear', 'product', 'to_real',
-           'Discretised', 'eigenvalues', 'step_factors', 'discretise', 'initial_parameters', 'write_npz', 'read_npz',
-           'Persistent', 'SSM']
+           'lru_eigenvalues', 's4d_eigenvalues', 'SSMConfig', 'initial_modes', 'linear', 'product', 'between',
+           'to_real', 'Discretised', 'eigenvalues', 'step_factors', 'discretise', 'initial_parameters', 'write_npz',
+           'read_npz', 'Persistent', 'SSM']
 
 # %% ../nbs/00_ssm.ipynb #000003
 import json
@@ -259,6 +259,13 @@ def product(
     y = torch.bmm(flat, W) if add is None else torch.baddbmm(add if add.dim() == 3 else add.reshape(*flat.shape[:2], W.shape[-1]), flat, W)
     return y.view(*x.shape[:-1], W.shape[-1])
 
+def between(
+    v: Tensor, # [H], or one per task [M, H]
+    x: Tensor, # [..., H]; with one vector per task [M, ..., H]
+) -> Tensor: # [H], or [M, 1, ..., 1, H]
+    "A vector in the shape that broadcasts against x."
+    return v if v.dim() == 1 else v.reshape(len(v), *[1] * (x.dim() - 2), v.shape[-1])
+
 def to_real(
     h: Tensor, # complex [..., P], or real [..., N]
 ) -> Tensor: # real [..., 2P]: real and imaginary parts interleaved; or [..., N]
@@ -266,9 +273,6 @@ def to_real(
     return torch.view_as_real(h).flatten(-2) if h.is_complex() else h
 
 # %% ../nbs/00_ssm.ipynb #000049
-def _between(v, x):  # a vector [P], or one per task [M, P] with middle dimensions so that it broadcasts against x [M, ..., D]
-    return v if v.dim() == 1 else v.reshape(len(v), *[1] * (x.dim() - 2), v.shape[-1])
-
 class Discretised:
     "The discrete-time layer, computed once: h_t = A_bar h_{t-1} + B_bar u_t, y_t = 2 Re(C h_t) + D u_t (without the 2 Re for real modes)."
 
@@ -291,11 +295,11 @@ class Discretised:
         return torch.view_as_complex(x.view(*x.shape[:-1], x.shape[-1] // 2, 2)) if self.A_bar.is_complex() else x
 
     def readout(self, h, u):  # y, real [..., H]
-        if self.diagonal: return torch.addcmul(product(to_real(h), self.W_out), u, _between(self.D, u))
+        if self.diagonal: return torch.addcmul(product(to_real(h), self.W_out), u, between(self.D, u))
         return product(to_real(h), self.W_out, product(u, self.D))
 
     def transition(self, u):  # a and b of h_t = a_t h_{t-1} + b_t: what a subclass with other dynamics changes
-        return _between(self.A_bar, u), self.drive(u)
+        return between(self.A_bar, u), self.drive(u)
 
     def __call__(self,
                  u: Tensor, # one input, [B, D]; with stacked parameters [M, K, D]
