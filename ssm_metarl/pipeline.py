@@ -75,16 +75,17 @@ class ExperimentConfig:
     env_name: str = 'MetaGymToy-v0' # family of environments
     num_envs: int = 8 # K, trajectories per task
     time_limit: int = 200 # T, steps per episode
+    env_options: dict[str, int | float | bool] = field(default_factory=dict) # of the family, such as rotation 3.14
     meta: MetaConfig = field(default_factory=MetaConfig) # meta-training
     adapt: AdaptConfig = field(default_factory=AdaptConfig) # test-time adaptation
     policy: PolicyConfig = field(default_factory=PolicyConfig) # the network
 
-    def __post_init__(self): self.env  # checks the first four fields
+    def __post_init__(self): self.env  # checks the fields before
 
     @property
     def env(self) -> EnvConfig:
         "The environments of this experiment."
-        return EnvConfig(self.env_name, self.num_envs, self.time_limit, self.seed)
+        return EnvConfig(self.env_name, self.num_envs, self.time_limit, self.seed, self.env_options)
 
     def make_policy(self) -> SSMMetaPolicy:
         "A policy for these environments, before any training."
@@ -125,7 +126,7 @@ def config_from_dict(
         kind = kinds[name]
         if is_dataclass(kind) and isinstance(value, dict): value = config_from_dict(getattr(base, name), value)
         elif kind is float and type(value) is int: value = float(value)
-        if not isinstance(value, kind) or isinstance(value, bool) and kind is not bool:
+        if not isinstance(value, typing.get_origin(kind) or kind) or isinstance(value, bool) and kind is not bool:
             raise ValueError(f'{cls.__name__}.{name}={value!r} is not of type {getattr(kind, "__name__", kind)}')
         changes[name] = value
     return replace(base, **changes)
@@ -279,7 +280,7 @@ def train(
     return dict(outer_steps=learner.step, wall_s=round(time.time() - begin, 2), env_steps=sum(line['env_steps'] for line in history),
                 final_pre_return=recent('pre_return'), final_post_return=recent('post_return'), checkpoint=str(latest))
 
-# %% ../nbs/08_pipeline.ipynb #080033
+# %% ../nbs/08_pipeline.ipynb #080035
 def load_policy(
     checkpoint: Path, # written by `train`
     config: ExperimentConfig = None, # None: the one in the checkpoint
@@ -319,11 +320,11 @@ def evaluate(
     "Return without adaptation on tasks that no training can have seen."
     check_episodes(episodes)
     policy, params, config = load_policy(checkpoint, config, seed, device)
-    tasks = sample_tasks(config.env, episodes, 'held_out')
+    tasks = sample_tasks(config.env, episodes, config.env.tasks.test_split)
     returns = evaluate_returns(policy, stack(params, episodes), tasks, config.env, deterministic)
     return dict(mean_return=float(returns.mean()), std_return=float(returns.std()), episodes=episodes) | reference_row(reference_returns(tasks, config.env))
 
-# %% ../nbs/08_pipeline.ipynb #080036
+# %% ../nbs/08_pipeline.ipynb #080038
 def choose_trajectories(
     which: Tensor, # bool [M]
     these: Trajectories, # of M tasks
@@ -333,7 +334,7 @@ def choose_trajectories(
     pick = lambda a, b: torch.where(per_task(which, a), a, b)
     return Trajectories(**{f.name: pick(getattr(these, f.name), getattr(those, f.name)) for f in fields(these)})
 
-# %% ../nbs/08_pipeline.ipynb #080039
+# %% ../nbs/08_pipeline.ipynb #080041
 @dataclass
 class AdaptationResult:
     "What adaptation did to M tasks."
@@ -352,7 +353,7 @@ class AdaptationResult:
         return dict(pre_return=float(pre.mean()), post_return=float(post.mean())) | compare(pre, post, self.references.get('oracle')) | dict(
             returns_by_step=[float(x) for x in self.returns_by_step.mean(1)], episodes=len(self.tasks)) | reference_row(self.references)
 
-# %% ../nbs/08_pipeline.ipynb #080040
+# %% ../nbs/08_pipeline.ipynb #080042
 def policy_batch(
     policy: SSMMetaPolicy, # says what it sees
     traj: Trajectories, # experience to learn from
@@ -373,7 +374,7 @@ def adaptation_functions(
     fwd = lambda batch: policy.functional(adapter.params, batch['inputs'], reset=batch['memory_reset'])
     return dict(loss_fn=MetaRLHook(adapter, meta.surrogate).policy_loss, fwd_fn=fwd)
 
-# %% ../nbs/08_pipeline.ipynb #7678fd1f
+# %% ../nbs/08_pipeline.ipynb #080046
 def adapt_policy(
     policy: SSMMetaPolicy, # functional form
     params: dict, # meta-parameters, [...]
@@ -406,7 +407,7 @@ def adapt_policy(
     return AdaptationResult(tasks, array(returns).astype(float), reference_returns(tasks, env), before, after, array(drift), array(kept),
                             {k: v.detach().clone() for k, v in adapter.params.items()})
 
-# %% ../nbs/08_pipeline.ipynb #080042
+# %% ../nbs/08_pipeline.ipynb #080048
 def online_episode(
     policy: SSMMetaPolicy, # functional form
     adapter: Adapter, # holds the parameters of M tasks
@@ -441,7 +442,7 @@ def online_advantages(
     reward = (traj.reward * new).masked_fill(last, 0) + value * last  # at the last step the estimate is the value itself
     return normalise(gae(reward, value * (new | last), meta.gamma, meta.gae_lambda), new)
 
-# %% ../nbs/08_pipeline.ipynb #080043
+# %% ../nbs/08_pipeline.ipynb #080049
 def evaluate_with_adaptation(
     checkpoint: Path, # written by `train`
     config: ExperimentConfig = None, # None: the one in the checkpoint
@@ -458,10 +459,10 @@ def evaluate_with_adaptation(
     check_episodes(episodes)
     policy, params, config = load_policy(checkpoint, config, seed, device)
     changes |= {k: v for k, v in dict(steps=steps, online=online).items() if v is not None}
-    tasks = sample_tasks(config.env, episodes, 'held_out')
+    tasks = sample_tasks(config.env, episodes, config.env.tasks.test_split)
     return adapt_policy(policy, params, tasks, config.env, config.meta, replace(config.adapt, **changes), deterministic, progress)
 
-# %% ../nbs/08_pipeline.ipynb #080054
+# %% ../nbs/08_pipeline.ipynb #080060
 INTEGER, NUMBER, TEXT, FILE = (tyro.conf.arg(metavar=kind) for kind in ('INT', 'FLOAT', 'STR', 'PATH'))
 
 
@@ -532,7 +533,7 @@ class Adapt:
         if self.figure is not None: plot_adaptation(result).savefig(self.figure, dpi=150)
         return result.summary()
 
-# %% ../nbs/08_pipeline.ipynb #080056
+# %% ../nbs/08_pipeline.ipynb #080062
 def config_flag(
     argv: list, # words of the command line
 ) -> str: # value of --config, or 'basic'
@@ -570,7 +571,7 @@ def parse(
         if not stop.code: raise
         raise ValueError(f'{one_line(message.getvalue())} (--help lists what there is)') from None
 
-# %% ../nbs/08_pipeline.ipynb #080058
+# %% ../nbs/08_pipeline.ipynb #080064
 def show(
     value, # a number, a text, or a list of numbers
 ) -> str:

@@ -115,7 +115,7 @@ def policy_inputs(
     past[..., -1] = traj.episode_start.to(past.dtype)
     return torch.cat([traj.obs, past], -1)
 
-# %% ../nbs/03_rollout.ipynb #040043
+# %% ../nbs/03_rollout.ipynb #030033
 def require_finite(
     what: str, # what the numbers are, for the message
     *tensors: Tensor, # each [M, ...]
@@ -126,7 +126,7 @@ def require_finite(
     if not ok.all():
         raise FloatingPointError(f'{what} of tasks {(torch.nonzero(~ok).flatten() + start).tolist()} are not finite; look at these tasks, or lower inner_lr')
 
-# %% ../nbs/03_rollout.ipynb #030033
+# %% ../nbs/03_rollout.ipynb #030036
 class Rollout:
     "K episodes of each of M tasks, stepped as one batch; the parameters may change on the way."
 
@@ -144,7 +144,7 @@ class Rollout:
         self.env = EnvBatch(replace(config, num_envs=M * K), [task for task in tasks for _ in range(K)])
         self.noise = None if deterministic else self._tensor(action_noise(policy, M, K, config.time_limit, config.seed, purpose, key, start))
         self.obs, _ = self.env.reset(seed=env_seeds(M, K, config.seed, purpose, key, start))
-        self.memory, self.steps = policy.initial_state(M, K), []
+        self.memory, self.storage, self.taken = policy.initial_state(M, K), None, 0  # arrays [M, K, T, ...], and how many steps of T are in them
         self.past = self.like.new_zeros(M, K, policy.input_dim - policy.obs_dim)
         if policy.config.history: self.past[..., -1] = 1  # the first step starts an episode
 
@@ -157,20 +157,24 @@ class Rollout:
             steps: int, # how many more
            ) -> Trajectories: # all steps so far, [M, K, t, ...]
         "Act for some steps; what follows an episode's end is masked. Raises ValueError past the time limit."
-        left = self.time_limit - len(self.steps)
+        left = self.time_limit - self.taken
         if not 0 < steps <= left: raise ValueError(f'steps={steps} is not one of the {left} that time_limit={self.time_limit} leaves; start a new Rollout')
         act = self.policy.stepper(params)
-        for _ in range(steps): self.steps.append(self._step(act))
-        obs, action, reward, terminated, truncated, mask, logp, value = (torch.stack(x, 2) for x in zip(*self.steps))
+        for _ in range(steps):
+            step = self._step(act)
+            if self.storage is None: self.storage = [x.new_empty(*self.shape, self.time_limit, *x.shape[2:]) for x in step]
+            for array, x in zip(self.storage, step): array[:, :, self.taken] = x
+            self.taken += 1
+        obs, action, reward, terminated, truncated, mask, logp, value = (x[:, :, :self.taken] for x in self.storage)
         first = torch.zeros_like(mask)
         first[..., 0] = True
         return Trajectories(obs, action, reward, terminated, truncated, mask, first, first.clone(), logp, value)
 
     def _step(self, act):
-        env, batched = self.env, lambda x: self._tensor(x).view(*self.shape, *x.shape[1:])
+        env, batched = self.env, lambda x: self._tensor(x).reshape(*self.shape, *x.shape[1:])
         live, obs = ~(env.terminated | env.truncated), batched(self.obs)
         out, self.memory = act(torch.cat([obs, self.past], -1), self.memory)
-        action = choose_action(out, None if self.noise is None else self.noise[:, :, len(self.steps)])
+        action = choose_action(out, None if self.noise is None else self.noise[:, :, self.taken])
         logp = action_log_prob(out, action)
         require_finite('action probabilities', logp, start=self.start)
         self.obs, reward, terminated, truncated, _ = env.step(self.policy.to_env(action.cpu().numpy().reshape(env.num_envs, *action.shape[2:])))
@@ -185,7 +189,7 @@ class Rollout:
         "The memory that the new parameters would have built up from the same experience: the old one is stale after an update."
         self.memory = self.policy.functional(params, policy_inputs(self.policy, traj), reset=traj.memory_reset)['state']
 
-# %% ../nbs/03_rollout.ipynb #030034
+# %% ../nbs/03_rollout.ipynb #030037
 def collect(
     policy: SSMMetaPolicy, # acts
     params: dict, # flat dict, each value [...] (one policy for all tasks) or [M, ...] (one per task)
@@ -199,7 +203,7 @@ def collect(
     "Whole episodes: K of each of M tasks, in one batch; memory is cut at the start of each."
     return Rollout(policy, tasks, config, purpose, key, start, deterministic).run(params, config.time_limit)
 
-# %% ../nbs/03_rollout.ipynb #030050
+# %% ../nbs/03_rollout.ipynb #030053
 def linear_baseline(
     traj: Trajectories, # of M tasks
     returns: Tensor, # discounted return from each step on, [M, K, T]
@@ -214,7 +218,7 @@ def linear_baseline(
     w = torch.linalg.solve(flat.mT @ flat + penalty, flat.mT @ y)  # [M, F, 1]
     return (flat @ w).view_as(returns)
 
-# %% ../nbs/03_rollout.ipynb #030056
+# %% ../nbs/03_rollout.ipynb #030059
 def gae(
     reward: Tensor, # [..., T], 0 where masked
     value: Tensor, # [..., T], 0 where masked
@@ -225,7 +229,7 @@ def gae(
     after = torch.cat([value[..., 1:], torch.zeros_like(value[..., :1])], -1)
     return discounted_sum(reward + gamma * after - value, gamma * lam)
 
-# %% ../nbs/03_rollout.ipynb #030060
+# %% ../nbs/03_rollout.ipynb #030063
 def normalise(
     x: Tensor, # [M, K, T]
     mask: Tensor, # bool [M, K, T]
@@ -245,7 +249,7 @@ def advantages(
     value = linear_baseline(traj, discounted_sum(reward, gamma))
     return normalise(gae(reward, value, gamma, lam), traj.mask).to(traj.reward.dtype)
 
-# %% ../nbs/03_rollout.ipynb #030064
+# %% ../nbs/03_rollout.ipynb #030067
 SURROGATES = ('ratio', 'logprob')
 
 
@@ -267,7 +271,7 @@ def policy_surrogate(
     if clip is not None: gain = torch.minimum(gain, weight.clamp(1 - clip, 1 + clip) * advantage)
     return -masked_mean(gain, mask)
 
-# %% ../nbs/03_rollout.ipynb #030070
+# %% ../nbs/03_rollout.ipynb #030073
 def value_loss(
     value: Tensor, # predicted, with gradient, [M, K, T]
     returns: Tensor, # discounted return from each step on, [M, K, T]

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env
+from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from ssm_metarl.envs import (FAMILIES, SPLITS, EnvBatch, EnvConfig, Family, PointNavigation, TaskEnv, check_family, play_actions, register_family, sample_tasks,
-                             split_of, stream, unregister_family)
+from ssm_metarl.envs import (FAMILIES, SPLITS, EnvBatch, EnvConfig, Family, PointNavigation, TaskDistribution, TaskEnv, check_family, check_vector_env, play_actions, play_on,
+                             register_family, sample_tasks, split_of, splitmix64, stack_tasks, stream, uniform_numbers, unregister_family, unstack_tasks)
 
 few = settings(max_examples=25, deadline=None, derandomize=True)
 
@@ -36,7 +37,7 @@ def families():
         observation_space, action_space, reset_noise = spaces.Box(-np.inf, np.inf, (3,), np.float32), spaces.Discrete(2, start=1), 1
         def draw_task(self, rng): return {'end': rng.uniform(2, 8), 'slope': rng.uniform(-1, 1, 3)}
         def reset(self, tasks, noise): return noise
-        def step(self, state, action, tasks):
+        def step(self, state, action, tasks, noise):
             state = state + action[:, None].astype(np.float32)
             return state, tasks['slope'].sum(-1) * state[:, 0], state[:, 0] > tasks['end']
         def observe(self, state, tasks): return tasks['slope'] * state
@@ -114,6 +115,61 @@ def test_episodes_are_keyed_by_seed_and_number(name, seed):
     assert_same([first], [EnvBatch(EnvConfig(name, 3, seed=seed), env.get_tasks()).reset()[0]])
 
 
+@few
+@given(names, size, st.integers(1, 6), seeds)
+def test_restarting_is_freezing_and_resetting(name, N, time_limit, seed):
+    "Both modes give the same episodes: SAME_STEP shows the last observation in `final_obs`, and goes on with what `reset_mask` would have given."
+    config = EnvConfig(name, N, time_limit)
+    ours, theirs = EnvBatch(config, autoreset_mode=AutoresetMode.SAME_STEP), EnvBatch(config)
+    assert_same(ours.reset(seed=seed)[:1], theirs.reset(seed=seed)[:1])
+    for a in random_actions(config, 12, seed):
+        obs, *rest, info = ours.step(a)
+        last, *wanted, _ = theirs.step(a)
+        assert_same(rest, wanted)
+        over = rest[1] | rest[2]
+        assert ('final_obs' in info) == over.any()
+        if over.any():
+            assert_same([info['final_obs'], info['_final_obs']], [last, over])
+            last = theirs.reset(options={'reset_mask': over})[0]
+        assert_same([obs], [last])
+
+
+@few
+@given(names, size, st.data())
+def test_some_environments_get_new_tasks(name, N, data):
+    env = EnvBatch(EnvConfig(name, N, time_limit=3))
+    old, mask = env.get_tasks(), np.array(data.draw(st.lists(st.booleans(), min_size=N, max_size=N)))
+    env.reset()
+    new = env.sample_tasks(int(mask.sum()), start=N) if mask.any() else []
+    env.set_tasks(new, mask)
+    wanted = [new.pop(0) if m else task for m, task in zip(mask, old)]
+    for a, b in zip(env.get_tasks(), wanted, strict=True): assert_same([a[k] for k in sorted(a)], [np.float32(b[k]) for k in sorted(b)])
+    actions = random_actions(env.config, 1, 0)[0]
+    if mask.any():
+        with pytest.raises(RuntimeError, match='have a new task; reset them first'): env.step(actions)
+        env.reset(options={'reset_mask': mask})
+    env.step(actions)
+
+
+def test_luck_within_an_episode_is_keyed_like_its_start():
+    "Numbers of step t do not depend on when the other environments started."
+    @register_family('EnvsTestDice-v0')
+    class Dice(PointNavigation):
+        reset_noise, step_noise = 2, 3
+        def reset(self, tasks, noise): return noise
+        def step(self, state, action, tasks, noise): return noise[:, :2], noise[:, 2], noise[:, 0] > .8
+
+    config = EnvConfig('EnvsTestDice-v0', 5, 4)
+    check_family('EnvsTestDice-v0', 5)
+    obs, reward, terminated, truncated = play_on(EnvBatch(config, autoreset_mode=AutoresetMode.SAME_STEP), np.zeros((3000, 5, 2)), 1)
+    numbers = np.concatenate([reward.ravel(), obs[1:][~(terminated | truncated)].ravel() / .8])
+    assert stats.kstest(reward.ravel(), 'uniform').pvalue > .01 and len(set(reward.ravel())) > .99 * reward.size
+    assert 0 < numbers.min() and reward.max() < 1
+    luck = splitmix64(np.array([1], np.uint64))
+    assert_same([uniform_numbers(luck, 8)[0]], [np.concatenate([obs[0, 0], *[np.r_[o, r] for o, r in zip(obs[1:3, 0], reward[:2, 0])]])])
+    unregister_family('EnvsTestDice-v0')
+
+
 def test_returned_arrays_are_new():
     env = EnvBatch(EnvConfig(num_envs=2, time_limit=2))
     kept = [env.reset()[0]]
@@ -129,7 +185,7 @@ def test_returned_arrays_are_new():
 def test_a_family_cannot_change_state_or_tasks_in_place():
     @register_family('EnvsTestInPlace-v0')
     class InPlace(PointNavigation):
-        def step(self, state, action, tasks): return super().step(state, action, self.spoil(state, tasks))
+        def step(self, state, action, tasks, noise): return super().step(state, action, self.spoil(state, tasks), noise)
 
     env = EnvBatch(EnvConfig('EnvsTestInPlace-v0', 2))
     for spoil in (lambda self, state, tasks: state.fill(0), lambda self, state, tasks: tasks['goal'].fill(0)):
@@ -175,6 +231,37 @@ def test_splits_do_not_overlap_and_stay_uniform():
 def test_a_short_key_is_filled_up_with_zeros():
     "The reason for: within one purpose equally many indices."
     assert stream(1, 'x').random() == stream(1, 'x', 0, 0).random() != stream(1, 'x', 0, 1).random()
+
+
+def test_out_of_distribution_is_out_of_distribution():
+    tasks = TaskDistribution(PointNavigation(rotation=1), seed=3)
+    far = tasks.sample_tasks(300, 'far')
+    assert tasks.splits == (*SPLITS, 'far') and {tasks.split_of(task) for task in far} == {'out of distribution'}
+    assert all(tasks.split_of(task) == split for split in SPLITS for task in tasks.sample_tasks(20, split))
+    goals = np.array([task['goal'] for task in far])
+    assert (abs(goals).max(1) > .5).all() and (abs(goals) <= 1).all()
+
+
+def test_tasks_survive_a_file(tmp_path):
+    config = EnvConfig(options={'rotation': 3., 'bias': .1})
+    tasks = sample_tasks(config, 5)
+    np.savez(tmp_path / 'tasks.npz', **stack_tasks(tasks, config))
+    with np.load(tmp_path / 'tasks.npz', allow_pickle=False) as file: back = unstack_tasks(dict(file))
+    for a, b in zip(back, tasks, strict=True): assert_same([a[k] for k in sorted(a)], [b[k] for k in sorted(b)])
+
+
+def test_hidden_rotation_gain_and_bias():
+    "Against complex numbers: a turn by an angle is a product."
+    env = EnvBatch(EnvConfig(num_envs=50, options={'rotation': 3.14, 'gain': .5, 'bias': .2}))
+    actions, tasks = random_actions(env.config, 5, 0), env.tasks
+    obs, reward, *_ = play_actions(env, actions)
+    moves = np.clip(actions, -.1, .1) @ [1, 1j] * tasks['gain'] * np.exp(1j * tasks['rotation'])
+    place = np.cumsum(moves, 0)
+    np.testing.assert_allclose(obs[1:] @ [1, 1j], place + tasks['bias'] @ [1, 1j], 1e-4, 1e-6)
+    np.testing.assert_allclose(reward, -abs(place - tasks['goal'] @ [1, 1j]), 1e-4, 1e-6)
+    env.reset()
+    for _ in range(60): reward = env.step(env.family.oracle(env.state, tasks))[1]
+    assert (reward > -.01 * 2**.5).all()
 
 
 # Families and Gymnasium.
@@ -237,6 +324,43 @@ def test_do_nothing_and_oracle():
         env.reset()
         total = sum(env.step(getattr(env.family, player)(env.state, env.tasks))[1] for _ in range(100))
         assert abs(total.mean() - exact) < 3 * total.std() / 5000**.5 + .005
+
+
+class Defect(VectorEnv):
+    "A sound batch with one defect, by name."
+    def __init__(self, n, kind):
+        self.env, self.kind, self.seen = EnvBatch(EnvConfig('EnvsTestWalk-v0', n, 5)), kind, []
+        for name in ('num_envs', 'observation_space', 'single_observation_space', 'action_space', 'single_action_space', 'metadata'): setattr(self, name, getattr(self.env, name))
+        self.obs = np.zeros((n, 2), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        if self.kind == 'mask': options = None
+        if self.kind == 'seed': seed = None
+        obs, info = self.env.reset(seed=seed, options=options)
+        if self.kind == 'list' and isinstance(seed, list): obs = obs + 1
+        return self._out(obs), info
+
+    def step(self, actions):
+        obs, reward, terminated, truncated, info = self.env.step(actions)
+        if self.kind == 'rows': reward = reward - reward.mean()
+        if self.kind == 'reward': reward = reward[:, None]
+        if self.kind == 'dtype': obs = obs.astype(float)
+        if self.kind == 'flags': terminated = terminated.astype(int)
+        if self.kind == 'endless': terminated, truncated = np.zeros_like(terminated), np.zeros_like(truncated)
+        return self._out(obs), reward, terminated, truncated, info
+
+    def _out(self, obs):
+        if self.kind != 'reused': return obs
+        self.obs += obs - self.obs  # the same array each time, and read again
+        return self.obs
+
+
+@pytest.mark.parametrize('kind, message', [
+    (None, None), ('mask', 'when only others are reset'), ('seed', 'when the same seed is used again'), ('list', 'when seeds are given as a list'), ('rows', 'when there are 1 environments instead of 3'),
+    ('reward', 'rewards are array'), ('dtype', 'observations of shape .* and dtype float64 are not in'), ('flags', 'terminated are array'), ('endless', 'no episode ended in 60 steps'), ('reused', 'overwritten')])
+def test_the_checker_finds_each_defect(kind, message):
+    if kind is None: return check_vector_env(lambda n: Defect(n, kind))
+    with pytest.raises(ValueError, match=message): check_vector_env(lambda n: Defect(n, kind))
 
 
 # Mistakes.

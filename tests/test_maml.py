@@ -21,7 +21,7 @@ if 'MamlTestCorridor-v0' not in FAMILIES:
         observation_space, action_space = spaces.Box(-np.inf, np.inf, (1,), np.float32), spaces.Discrete(2)
         def draw_task(self, rng): return {'exit': rng.uniform(.5, 4)}
         def reset(self, tasks, noise): return np.zeros_like(tasks['exit'])[:, None]
-        def step(self, state, action, tasks):
+        def step(self, state, action, tasks, noise):
             state = state + np.where(action == 1, 1, -1).astype(np.float32)[:, None]
             return state, np.full(len(state), -1, np.float32), state[:, 0] >= tasks['exit']
         def observe(self, state, tasks): return state.copy()

@@ -1,0 +1,71 @@
+"""Speed of a rollout with parameters of its own for each task, as ratios to a Python loop over tasks in the same run (below 1: stacked is faster).
+
+python benchmarks/rollout.py                     all rows
+python benchmarks/rollout.py navigation          only rows whose name contains one of these words
+python benchmarks/rollout.py --json FILE         also write {"rows": [{"name", "ratio", "peer", "ms"}]}
+python benchmarks/rollout.py --device cuda       on a GPU
+
+Stacked: M tasks x K trajectories as one batch of environments, and a policy whose parameters are stacked [M, ...]. The loop does one task after the other: K environments, and a policy of its own. Both get the same trajectories
+(checked). T = 100 steps; one CPU thread. The policy is the library's (a 64-unit encoder, an SSM with 64 real numbers of state, heads), smaller where the name says so.
+"""
+import argparse
+import json
+import statistics
+import time
+
+import torch
+
+from ssm_metarl.envs import EnvConfig, sample_tasks
+from ssm_metarl.policy import PolicyConfig, SSMMetaPolicy
+from ssm_metarl.rollout import collect
+
+FAMILIES = {'navigation': 'MetaGymToy-v0', 'cart-pole': 'MetaCartPole-v0'}
+
+
+def rollouts(family, M, K, width, device):
+    "Two functions that do the same: stacked, and task by task."
+    env = EnvConfig(family, num_envs=K, time_limit=100)
+    policy = SSMMetaPolicy(env.family.observation_space, env.family.action_space, PolicyConfig(hidden_dim=width, state_dim=width)).to(device)
+    generator, tasks = torch.Generator().manual_seed(0), sample_tasks(env, M)
+    stacked = {k: v.detach() + .01 * torch.randn(M, *v.shape, generator=generator).to(device) for k, v in policy.named_parameters()}
+    alone = [{k: v[m].contiguous() for k, v in stacked.items()} for m in range(M)]
+    return lambda: [collect(policy, stacked, tasks, env)], lambda: [collect(policy, alone[m], tasks[m:m + 1], env, start=m) for m in range(M)]
+
+
+def compare(ours, peer, repeats, wait):
+    "Median of the ratios of interleaved pairs, and our median time in ms."
+    torch.testing.assert_close(torch.cat([t.reward for t in ours()]), torch.cat([t.reward for t in peer()]), rtol=1e-3, atol=1e-3)
+    times = []
+    for _ in range(repeats):
+        pair = []
+        for f in (ours, peer):
+            wait()
+            start = time.perf_counter()
+            f(), wait()
+            pair.append(time.perf_counter() - start)
+        times.append(pair)
+    return statistics.median(a / b for a, b in times), 1e3 * statistics.median(a for a, _ in times)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('words', nargs='*', help='only rows whose name contains one of them')
+    parser.add_argument('--device', default='cpu')
+    parser.add_argument('--repeats', type=int, default=7)
+    parser.add_argument('--json', metavar='FILE')
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    wait = torch.cuda.synchronize if args.device.startswith('cuda') else lambda: None
+    rows = []
+    for label, family in FAMILIES.items():
+        for M, K, width in ((8, 10, 64), (20, 10, 64), (20, 10, 32), (20, 20, 64), (40, 20, 64)):
+            name = f'rollout of {label}, {M} tasks x {K} trajectories, width {width}'
+            if args.words and not any(word in name for word in args.words): continue
+            ratio, ms = compare(*rollouts(family, M, K, width, args.device), args.repeats, wait)
+            rows.append(dict(name=name, ratio=round(ratio, 4), peer='task by task', ms=round(ms, 3)))
+            print(f'{name:64} {ratio:6.3f} of task by task ({1 / ratio:4.1f} times as fast), {M * K * 100 / ms / 1e3:5.2f} million steps/s', flush=True)
+    if args.json:
+        with open(args.json, 'w') as file: json.dump(dict(rows=rows), file, indent=1)
+
+
+if __name__ == '__main__': main()
