@@ -1,0 +1,316 @@
+"""The references for bandits and tabular MDPs at full size, against figures from elsewhere, enumerations and closed forms.
+
+SECOND marks figures of a second implementation, written independently of this one, with its standard errors where it gave them.
+"""
+import subprocess
+import sys
+from fractions import Fraction
+from itertools import product
+from math import factorial
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+from gymnasium.vector import AutoresetMode
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ssm_metarl.bandits import (Bandit, TabularMDP, backward_induction, bayes_optimal_value, dependent_regret, greedy_dependent, index_policy, index_table, play_bandit,
+                                play_plan, psrl, random_arm, regret, sample_mdp, thompson, thompson_dependent, total_reward, ucb1)
+from ssm_metarl.envs import EnvBatch, EnvConfig, check_family, play_actions, sample_tasks, split_of, stream
+
+few = settings(max_examples=25, deadline=None, derandomize=True)
+BANDIT, MDP = 'MetaBandit-v0', 'MetaTabularMDP-v0'
+POLICIES = {'random': random_arm, 'UCB1': ucb1(), 'UCB1 with prior': ucb1(.2, prior=1), 'Thompson': thompson, 'index': index_policy(12)}
+
+
+def error(x): return x.std() / len(x)**.5
+
+
+def assert_agrees(x, exact, other=0.):
+    "A sample mean within three standard errors of a number, which itself has the standard error `other`."
+    assert abs(x.mean() - exact) < 3 * np.hypot(error(x), other), f'{x.mean():.4f} ± {error(x):.4f} is not {exact} ± {other}'
+
+
+# The environments.
+
+@pytest.mark.parametrize('name', [BANDIT, MDP])
+def test_module_is_found_by_the_name_of_the_family(name):
+    code = f"from ssm_metarl.envs import EnvBatch, EnvConfig; print(type(EnvBatch(EnvConfig('{name}')).family).__module__)"
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == 'ssm_metarl.bandits'
+
+
+@pytest.mark.filterwarnings('error')
+@pytest.mark.parametrize('name, options', [(BANDIT, {}), (BANDIT, {'arms': 2, 'dependent': True}), (MDP, {}), (MDP, {'states': 1, 'actions': 1, 'horizon': 1})])
+def test_checkers_are_content(name, options):
+    check_family(name, num_envs=5, steps=25)
+    check_env(gym.make(name, time_limit=20, **options).unwrapped)
+    assert gym.make_vec(name, num_envs=3, **options).num_envs == 3
+
+
+@few
+@given(st.sampled_from([(BANDIT, {'arms': 3}), (BANDIT, {'arms': 2, 'dependent': True}), (MDP, {'states': 4, 'actions': 3, 'horizon': 5})]), st.integers(0, 2**31), st.integers(2, 6))
+def test_first_environment_is_the_same_alone(family, seed, n):
+    name, options = family
+    many, one = (EnvConfig(name, k, 7, seed, options) for k in (n, 1))
+    tasks, actions = sample_tasks(many, n), stream(seed, 'test').integers(many.family.action_space.n, size=(12, n))
+    for mode in (AutoresetMode.DISABLED, AutoresetMode.SAME_STEP):
+        for x, y in zip(play_actions(EnvBatch(many, tasks, mode), actions), play_actions(EnvBatch(one, tasks[:1], mode), actions[:, :1]), strict=True):
+            np.testing.assert_array_equal(x[:, :1], y, strict=True)
+
+
+def test_bandit_never_ends_but_by_its_limit():
+    _, rewards, terminated, truncated = play_actions(EnvBatch(EnvConfig(BANDIT, 50, 30)), stream(0, 'test').integers(5, size=(33, 50)))
+    assert not terminated.any() and not truncated[:29].any() and truncated[29:].all() and not rewards[30:].any()
+    assert set(np.unique(rewards)) == {0., 1.}
+
+
+def test_mdp_terminates_at_its_horizon_and_starts_in_state_0():
+    config = EnvConfig(MDP, 40, options={'horizon': 6})
+    env = EnvBatch(config, autoreset_mode=AutoresetMode.SAME_STEP)
+    obs, _, terminated, truncated = play_actions(env, stream(0, 'test').integers(5, size=(18, 40)))
+    assert not truncated.any() and (terminated == (np.arange(1, 19) % 6 == 0)[:, None]).all()
+    assert (obs[::6].argmax(-1) == 0).all() and (obs[3].argmax(-1) != 0).any() and (obs.sum(-1) == 1).all()
+    obs, rewards, terminated, _ = play_actions(EnvBatch(config), stream(0, 'test').integers(5, size=(9, 40)))
+    assert terminated[5:].all() and not terminated[:5].any() and not rewards[6:].any()  # frozen
+    frozen = EnvBatch(config)
+    play_actions(frozen, np.zeros((9, 40), int))
+    assert frozen.family.oracle(frozen.state, frozen.tasks).shape == (40,)  # also after the end
+
+
+@few
+@given(st.integers(0, 2**31))
+def test_dependent_tasks(seed):
+    config = EnvConfig(BANDIT, seed=seed, options={'arms': 2, 'dependent': True})
+    for split in ('train', 'validation', 'held_out'):
+        for task in sample_tasks(config, 5, split):
+            assert abs(task['chance'].sum() - 1) < 1e-6 and config.tasks.split_of(task) == split == split_of(task)
+    for task in sample_tasks(config, 5, 'both-good'):
+        assert task['chance'].min() >= .5 and config.tasks.split_of(task) == 'out of distribution'
+
+
+def test_independent_bandits_and_mdps_have_no_other_distribution():
+    for family in (Bandit(), TabularMDP()): assert not family.ood_splits
+    assert Bandit(2).in_distribution({'chance': [1, .5]}) and not Bandit(2).in_distribution({'chance': [1, 1.5]})
+    with pytest.raises(ValueError, match="split='both-good' is not one of"): sample_tasks(EnvConfig(BANDIT), 1, 'both-good')
+
+
+@pytest.mark.parametrize('options, message', [({'arms': 1}, 'arms=1 is not an integer >= 2'), ({'arms': 2.5}, 'arms=2.5'), ({'dependent': True}, 'got arms=5, set arms=2'),
+                                              ({'arm': 3}, 'arms, dependent')])
+def test_impossible_bandits(options, message):
+    with pytest.raises(ValueError, match=message): EnvConfig(BANDIT, options=options)
+
+
+@pytest.mark.parametrize('size', ['states', 'actions', 'horizon'])
+def test_impossible_mdps(size):
+    for value in (0, -1, 1.5):
+        with pytest.raises(ValueError, match=f'{size}={value}'): EnvConfig(MDP, options={size: value})
+
+
+def test_tasks_that_are_none_are_named():
+    env = EnvBatch(EnvConfig(BANDIT, 4, options={'arms': 2}))
+    with pytest.raises(ValueError, match=r'tasks \[2\] break a rule .* chances lie between 0 and 1'): env.set_tasks([{'chance': [-.1, 1]}], mask=np.arange(4) == 2)
+    tasks = sample_tasks(EnvConfig(MDP), 3)
+    tasks[1]['transition'][2, 3] *= 2
+    with pytest.raises(ValueError, match=r'tasks \[1\] break a rule .* sum 1'): EnvBatch(EnvConfig(MDP, 3), tasks)
+    tasks[1]['transition'][2, 3] = [2, -1, *[0] * 8]
+    with pytest.raises(ValueError, match=r'tasks \[1\] break a rule .* none negative'): EnvBatch(EnvConfig(MDP, 3), tasks)
+
+
+def test_rewards_and_transitions_are_those_of_held_out_tasks():
+    tasks = sample_tasks(EnvConfig(MDP), 2, 'held_out')
+    env = EnvBatch(EnvConfig(MDP, 6000, seed=5), [tasks[i % 2] for i in range(6000)])
+    actions = stream(1, 'test').integers(5, size=(10, 6000))
+    obs, reward, *_ = play_actions(env, actions)
+    which, s, after = np.arange(6000) % 2 + np.zeros((10, 1), int), obs[:-1].argmax(-1), obs[1:].argmax(-1)
+    m, P = (np.array([task[field] for task in tasks], float) for field in ('mean_reward', 'transition'))
+    noise = (reward - m[which, s, actions]).ravel()
+    assert_agrees(noise, 0)
+    assert_agrees(noise**2, 1)
+    assert_agrees(noise**4, 3)
+    counts = np.zeros(P.shape)
+    np.add.at(counts, (which, s, actions, after), 1)
+    n = counts.sum(-1, keepdims=True)
+    assert_agrees(((counts - n * P)**2 / (n * P * (1 - P))).ravel(), 1)  # binomial variance
+
+
+# Exact values by enumeration.
+
+def likelihood(arms, rewards, k, dependent=False):
+    "Probability of rewards for pulls of these arms: the Beta integral of each arm, or of p."
+    if dependent:
+        pro = sum(r != a for a, r in zip(arms, rewards))
+        return Fraction(factorial(pro) * factorial(len(arms) - pro), factorial(len(arms) + 1))
+    probability = Fraction(1)
+    for arm in range(k):
+        w, l = (sum(r == x for a, r in zip(arms, rewards) if a == arm) for x in (1, 0))
+        probability *= Fraction(factorial(w) * factorial(l), factorial(w + l + 1))
+    return probability
+
+
+def best_by_enumeration(n, k, dependent=False):
+    "Value of the best of all deterministic policies: one arm for each history of rewards."
+    histories = [h for t in range(n) for h in product((0, 1), repeat=t)]
+    def value(policy): return sum(likelihood([policy[r[:t]] for t in range(n)], r, k, dependent) * sum(r) for r in product((0, 1), repeat=n))
+    return float(max(value(dict(zip(histories, arms))) for arms in product(range(k), repeat=len(histories))))
+
+
+@pytest.mark.parametrize('n, k', [(1, 3), (2, 2), (3, 2), (3, 3)])
+def test_bayes_optimal_value_is_the_best_of_all_policies(n, k): assert bayes_optimal_value(n, k) == pytest.approx(best_by_enumeration(n, k), abs=1e-12)
+
+
+@pytest.mark.parametrize('n', [1, 2, 3])
+def test_dependent_regret_is_that_of_the_best_of_all_policies(n): assert n * 3 / 4 - dependent_regret(n) == pytest.approx(best_by_enumeration(n, 2, dependent=True), abs=1e-12)
+
+
+def test_bayes_optimal_values_of_ten_pulls():  # SECOND
+    assert [round(bayes_optimal_value(10, k), 3) for k in (5, 10, 50)] == [6.660, 6.714, 6.714]
+
+
+def test_bayes_optimal_regrets_of_dependent_arms():
+    exact = lambda n: float(sum(Fraction(3, 4) - sum(Fraction(max(x + 1, t - x + 1), t + 2) for x in range(t + 1)) / (t + 1) for t in range(n)))
+    for n in (1, 30, 100): assert dependent_regret(n) == pytest.approx(exact(n), abs=1e-9)
+    games = stream(0, 'test').random(20_000)
+    loss = regret(np.stack([games, 1 - games], 1), play_bandit(greedy_dependent, np.stack([games, 1 - games], 1), 30))[:, -1]
+    assert_agrees(loss, dependent_regret(30))
+    assert_agrees(loss, .929, error(loss))  # SECOND, of 20 000 simulated tasks
+    for p, second in ((None, 1.22), ([.1, .9], .62), ([.25, .75], 1.00)): assert dependent_regret(100, p) == pytest.approx(second, abs=.0051)
+    hard = np.tile([[.4, .6], [.6, .4]], (10_000, 1))
+    loss = regret(hard, play_bandit(greedy_dependent, hard, 100))[:, -1]
+    assert_agrees(loss, dependent_regret(100, [.4, .6]))
+    assert_agrees(loss, 2.30, error(loss))  # SECOND
+
+
+@pytest.mark.parametrize('w, l', [(0, 0), (1, 0), (0, 1), (2, 3)])
+def test_index_is_the_best_ratio_of_reward_to_time(w, l):
+    "The other definition (Gittins 1979): the largest E[rewards until stopping] / E[pulls until stopping] over all stopping rules."
+    histories, best = [h for t in (1, 2) for h in product((0, 1), repeat=t)], 0
+    for goes_on in product((False, True), repeat=len(histories)):
+        goes_on, paid, pulls = dict(zip(histories, goes_on)), 0, 0
+        for r in product((0, 1), repeat=3):
+            wins = sum(r)
+            probability = Fraction(factorial(w + wins) * factorial(l + 3 - wins) * factorial(w + l + 1), factorial(w) * factorial(l) * factorial(w + l + 4))
+            stop = next((t for t in (1, 2) if not goes_on[r[:t]]), 3)
+            paid, pulls = paid + probability * sum(r[:stop]), pulls + probability * stop
+        best = max(best, paid / pulls)
+    table = index_table(w + l + 3)
+    assert 0 <= table[3, w, l] - float(best) + 1e-12 < 1e-3
+    assert index_table(w + l + 3, charges=4000)[3, w, l] == pytest.approx(float(best), abs=1e-5)
+
+
+def test_index_rises_with_wins_and_time_and_falls_with_losses():
+    table = index_table(40)
+    assert (np.diff(table[:, :, :], axis=1)[np.isfinite(table[:, 1:])] > 0).all()
+    for left in range(1, 40):
+        m = 40 - left
+        assert (table[left + 1, :m, :m] >= table[left, :m, :m] - 1e-9).all() and (np.diff(table[left, :m, :m], axis=1) < 0).all()
+    w, l = np.mgrid[:40, :40]
+    np.testing.assert_allclose(table[1], (w + 1) / (w + l + 2), atol=1e-3)
+    assert np.nanmax(abs(table - index_table(40, charges=1600))) < 1e-3
+
+
+@pytest.mark.parametrize('n, k', [(2, 2), (3, 2), (5, 3), (10, 2), (10, 5)])
+def test_index_policy_is_nearly_optimal(n, k):
+    table = index_table(n)
+    exact, own = bayes_optimal_value(n, k), bayes_optimal_value(n, k, score=lambda w, l, left: table[left, w, l])
+    assert -1e-12 <= exact - own < (1e-12 if n < 4 else 3e-4)
+    assert_agrees(total_reward(chance := stream(0, 'test').random((5000, k)), play_bandit(index_policy(n), chance, n)), own)
+
+
+@pytest.mark.parametrize('name', POLICIES)
+def test_first_bandits_do_not_depend_on_how_many_follow(name):
+    chance = stream(3, 'test').random((30, 4))
+    many = play_bandit(POLICIES[name], chance, 12, seed=7)
+    np.testing.assert_array_equal(many[:9], play_bandit(POLICIES[name], chance[:9], 12, seed=7))
+    assert many.shape == (30, 12) and (many != play_bandit(POLICIES[name], chance, 12, seed=8)).any()
+    assert (np.diff(regret(chance, many)) >= 0).all()
+    np.testing.assert_allclose(total_reward(chance, many), 12 * chance.max(1) - regret(chance, many)[:, -1])
+
+
+@few
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(0, 2**31))
+def test_plan_is_the_best_of_all_plans(S, A, H, seed):
+    A = min(A, 2) if S * H > 4 else A
+    rng = stream(seed, 'test')
+    m, P = rng.normal(1, 1, (S, A)), rng.dirichlet(np.ones(S), (S, A))
+    values, plan = backward_induction(m[None], P[None], H)
+    best, rows = np.full(S, -np.inf), np.arange(S)
+    for actions in product(range(A), repeat=S * H):
+        value = np.zeros(S)
+        for action in np.reshape(actions, (H, S)): value = m[rows, action] + P[rows, action] @ value
+        best = np.maximum(best, value)
+    np.testing.assert_allclose(values[0, 0], best, atol=1e-12)
+    value = np.zeros(S)
+    for action in plan[0, ::-1]: value = m[rows, action] + P[rows, action] @ value
+    np.testing.assert_allclose(value, best, atol=1e-12)
+
+
+def test_oracle_earns_the_optimal_value():
+    config = EnvConfig(MDP, 2000, 10)
+    env = EnvBatch(config, sample_tasks(config, 2000, 'held_out'))
+    values, _ = backward_induction(env.tasks['mean_reward'], env.tasks['transition'], 10)
+    env.reset()
+    total = sum(env.step(env.family.oracle(env.state, env.tasks))[1].astype(float) for _ in range(10))
+    assert_agrees(total - values[:, 0, 0], 0)
+
+
+# Published tables.
+
+SECOND = {  # (pulls, arms): UCB1 with the best of eight c, Thompson, index; standard error
+    (10, 5): (6.67, 5.85, 6.62, .02), (10, 10): (6.72, 5.57, 6.73, .02), (10, 50): (6.71, 5.14, 6.74, .02),
+    (100, 5): (78.4, 74.9, 78.76, .23), (100, 10): (82.8, 77.1, 83.91, .16), (100, 50): (84.6, 64.6, 85.65, .12)}
+
+
+@pytest.mark.parametrize('n, k', SECOND)
+def test_bandits_of_duan(n, k):
+    chance = stream(1, 'test', n, k).random((10_000 if n == 10 else 4000, k))
+    total = lambda policy: total_reward(chance, play_bandit(policy, chance, n))
+    tuned = max((total(ucb1(c, prior=1)) for c in (.1, .2, .3, .5, .7, 1, 1.4, 2)), key=np.mean)
+    *seconds, spread = SECOND[n, k]
+    for ours, theirs in zip((tuned, total(thompson), total(index_policy(n))), seconds): assert_agrees(ours, theirs, spread)
+    assert_agrees(total(random_arm), n / 2)
+
+
+@pytest.mark.parametrize('tasks, printed', [('dependent', (7.53, 2.89, 1.85, 1.50)), ('independent', (5.01, 2.47, 1.72, 1.67)), ('both-good', (2.49, 1.72, 1.25, 1.24))])
+def test_thirty_pulls_of_two_arms(tasks, printed):  # by a textbook, on 20 000 tasks
+    u = stream(1, 'test').random((20_000, 2))
+    chance = {'dependent': np.stack([u[:, 0], 1 - u[:, 0]], 1), 'independent': u, 'both-good': .5 + u / 2}[tasks]
+    for policy, theirs in zip((random_arm, ucb1(), thompson, thompson_dependent), printed):
+        loss = regret(chance, play_bandit(policy, chance, 30))[:, -1]
+        assert_agrees(loss, theirs, error(loss))
+
+
+def test_hundred_pulls_of_two_arms():  # SECOND
+    chance = stream(1, 'test').random((20_000, 2))
+    for policy, theirs in ((random_arm, 16.62), (ucb1(), 5.61), (thompson, 2.79), (index_policy(100), 1.74)):
+        loss = regret(chance, play_bandit(policy, chance, 100))[:, -1]
+        assert_agrees(loss, theirs, error(loss))
+
+
+def test_optimum_of_random_mdps():  # SECOND, of 20 000
+    rng, N = stream(1, 'test'), 10_000
+    values, _ = backward_induction(rng.normal(1, 1, (N, 10, 5)), rng.dirichlet(np.ones(10), (N, 10, 5)), 10)
+    assert_agrees(values[:, 0, 0], 21.83, .02)
+
+
+def test_psrl_of_duan():
+    mdps = lambda: EnvBatch(EnvConfig(MDP, 1000, 10, seed=1))
+    returns, pessimist = psrl(mdps(), 100, seed=1), psrl(mdps(), 100, seed=1, prior_mean=0)
+    second = {10: (133.2, .8), 25: (402.2, None), 50: (898.7, None), 75: (1411.8, None), 100: (1933.7, 7)}  # SECOND
+    published = {10: 138.1, 25: 408.8, 50: 904.4, 75: 1417.1, 100: 1939.5}
+    for n, (theirs, spread) in second.items():
+        total, other = returns[:, :n].sum(1), pessimist[:, :n].sum(1)
+        assert_agrees(total, theirs, spread or error(total))
+        assert_agrees(other, published[n], error(other))  # the published one, with a prior mean of 0
+    env = mdps()
+    plans = stream(1, 'plans').integers(5, size=(10, 1000, 10, 10))
+    assert_agrees(sum(play_plan(env, plan)[2].sum(1) for plan in plans), 100)  # at random, 1 for each step
+
+
+def test_psrl_knows_what_it_has_seen():
+    visits, paid = np.zeros((1, 2, 2, 2)), np.zeros((1, 2, 2))
+    visits[0, 0, 1], paid[0, 0, 1] = [1e6, 3e6], 8e6
+    m, P = sample_mdp(visits, paid, stream(0, 'test'))
+    assert m[0, 0, 1] == pytest.approx(2, abs=.01) and P[0, 0, 1] == pytest.approx([.25, .75], abs=.01)
+    assert P.sum(-1) == pytest.approx(np.ones((1, 2, 2)))
