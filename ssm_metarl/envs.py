@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'GOLDEN', 'STRETCH', 'SPLITS', 'MAX_TASKS', 'MAX_DRAWS', 'AUTORESET_MODES', 'Family', 'family_class',
-           'make_known', 'unregister_family', 'register_family', 'PointNavigation', 'stream', 'splitmix64',
-           'uniform_numbers', 'split_of', 'EnvConfig', 'TaskDistribution', 'sample_tasks', 'read_only', 'is_task',
-           'stack_tasks', 'unstack_tasks', 'Rows', 'check_actions', 'check_mask', 'spread_seed', 'EnvBatch',
-           'play_actions', 'play_on', 'check_same', 'check_returns', 'check_vector_env', 'check_partial_reset',
-           'check_family', 'TaskEnv']
+           'make_one', 'make_batch', 'make_known', 'unregister_family', 'register_family', 'PointNavigation', 'stream',
+           'splitmix64', 'uniform_numbers', 'checksum_split', 'EnvConfig', 'TaskDistribution', 'sample_tasks',
+           'read_only', 'stack_tasks', 'unstack_tasks', 'Rows', 'check_actions', 'check_mask', 'spread_seed', 'Luck',
+           'EnvBatch', 'play_actions', 'TaskEnv']
 
 # %% ../nbs/02_envs.ipynb #020003
 import importlib
 import inspect
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from numbers import Integral
 
 import gymnasium as gym
@@ -54,7 +54,8 @@ class Family:
                         task: dict, # field -> number or array
                        ) -> bool:
         "Whether `draw_task` can draw this task."
-        return all(((np.float32(low) <= task[field]) & (np.float32(task[field]) <= np.float32(high))).all() for field, (low, high) in self.ranges.items())
+        inside = lambda x, low, high: ((low <= x) & (x <= high)).all()
+        return all(inside(*(np.asarray(x, np.float32) for x in (task[field], *bounds))) for field, bounds in self.ranges.items())
 
     def prepare(self,
                 tasks: dict, # field -> float32 [N, ...]
@@ -108,13 +109,17 @@ def family_class(
     return FAMILIES[name]
 
 
+def make_one(env_name, **settings): return TaskEnv(_config(env_name, 1, settings))
+def make_batch(env_name, num_envs=1, autoreset_mode=AutoresetMode.DISABLED, **settings): return EnvBatch(_config(env_name, num_envs, settings), autoreset_mode=autoreset_mode)
+def _config(env_name, num_envs, settings):  # what is neither time limit nor seed is an option of the family
+    return EnvConfig(env_name, num_envs, **{key: settings.pop(key) for key in ('time_limit', 'seed') if key in settings}, options=settings)
+
+
 def make_known(
     name: str, # Gymnasium id, such as 'MetaGymToy-v0'
 ) -> None:
     "Enter a family into Gymnasium's own table, for `gymnasium.make` and `gymnasium.make_vec`."
-    def config(num_envs, **settings): return EnvConfig(name, num_envs, **{key: settings.pop(key) for key in ('time_limit', 'seed') if key in settings}, options=settings)
-    gym.register(name, entry_point=lambda **options: TaskEnv(config(1, **options)),
-                 vector_entry_point=lambda num_envs=1, autoreset_mode=AutoresetMode.DISABLED, **options: EnvBatch(config(num_envs, **options), autoreset_mode=autoreset_mode))
+    gym.register(name, entry_point=partial(make_one, name), vector_entry_point=partial(make_batch, name))
 
 
 def unregister_family(
@@ -218,7 +223,7 @@ def uniform_numbers(
 SPLITS = {'train': range(0, 8), 'validation': range(8, 9), 'held_out': range(9, 10)}  # tenths of all tasks
 
 
-def split_of(
+def checksum_split(
     task: dict, # field -> number or array; read as float32
 ) -> str: # 'train', 'validation' or 'held_out'
     "The one split that a task belongs to, from a checksum of its own values: no seed can bring a held-out task into training."
@@ -283,7 +288,7 @@ class TaskDistribution:
                 ) -> str: # 'train', 'validation', 'held_out' or 'out of distribution'
         "Where a task belongs."
         if not self.family.in_distribution(task): return 'out of distribution'
-        return split_of(task) if self.family.holds_out else 'train'
+        return checksum_split(task) if self.family.holds_out else 'train'
 
     def sample_tasks(self,
                      n: int, # how many
@@ -324,24 +329,21 @@ def read_only(
     return x
 
 
-def is_task(
-    task, # anything
-    like: dict, # a task of the family
-) -> bool:
-    "Whether it has the fields and shapes of a task, and only finite numbers."
-    return isinstance(task, dict) and task.keys() == like.keys() and all(np.shape(task[k]) == np.shape(like[k]) and np.isfinite(task[k]).all() for k in like)
-
-
 def stack_tasks(
     tasks: list, # N records, as `sample_tasks` gives them
-    config: EnvConfig, # family
+    family: Family, # that they belong to
 ) -> dict: # field -> float32 [N, ...], read-only; as such it goes into a file of arrays, too
     "Tasks as arrays with one row per task. Raises ValueError for a record that is no task of the family."
-    like = config.family.draw_task(np.random.default_rng(0))
+    shapes = {k: np.shape(v) for k, v in family.draw_task(np.random.default_rng(0)).items()}
+    def columns(task):
+        with np.errstate(over='ignore'): return {k: np.asarray(task[k], np.float32) for k in sorted(task)}
+    rows = []
     for i, task in enumerate(tasks):
-        if not is_task(task, like):
-            raise ValueError(f'task {i} is {task!r}; a task of {config.env_name!r} is a dict of finite numbers with shapes { {k: np.shape(v) for k, v in like.items()} }')
-    return {k: read_only(np.array([task[k] for task in tasks], np.float32)) for k in sorted(like)}
+        try: ok = {k: v.shape for k, v in columns(task).items()} == shapes and all(np.isfinite(v).all() for v in columns(task).values())
+        except (TypeError, ValueError, KeyError): ok = False
+        if not ok: raise ValueError(f'task {i} is {task!r}; a task of {type(family).__name__} is a dict of finite numbers with shapes {shapes}')
+        rows.append(columns(task))
+    return {k: read_only(np.array([row[k] for row in rows])) for k in sorted(shapes)}
 
 
 def unstack_tasks(
@@ -367,15 +369,15 @@ def check_actions(
     actions: np.ndarray, # one per environment
     space: spaces.Space, # of one action
     num_envs: int, # N
-) -> np.ndarray: # [N, A], or int [N]
+) -> np.ndarray: # [N, A], or int [N]; a copy that nobody can change
     "The actions, if they have the right shape and are finite or, for a Discrete space, in range. Raises ValueError otherwise."
-    actions = np.asarray(actions)
+    actions = read_only(np.array(actions))
     if actions.shape != (num_envs, *space.shape): raise ValueError(f'actions have shape {actions.shape}; expected {(num_envs, *space.shape)}, one action per environment')
     if isinstance(space, spaces.Discrete):
         first, last = space.start, space.start + space.n - 1
-        if actions.dtype.kind in 'iu' and first <= actions.min() and actions.max() <= last: return actions
-        wanted, good = f'integers from {first} to {last}', (actions >= first) & (actions <= last) & (actions.dtype.kind in 'iu')
-    else: wanted, good = 'finite', np.isfinite(actions)
+        if actions.dtype == np.int64 and np.count_nonzero((actions - first if first else actions).view(np.uint64) < space.n) == num_envs: return actions
+        wanted, good = f'integers from {first} to {last}', (actions >= first) & (actions <= last) if actions.dtype.kind in 'iu' else np.zeros(num_envs, bool)
+    else: wanted, good = 'finite', np.isfinite(actions) if actions.dtype.kind in 'iuf' else np.zeros(actions.shape, bool)
     if not good.all():
         bad = np.flatnonzero(~good.reshape(num_envs, -1).all(1)).tolist()
         raise ValueError(f'actions of environments {bad} are not {wanted}; check the policy that chose them')
@@ -395,37 +397,70 @@ def spread_seed(
     seed, # None, an integer s, or a list of N
     num_envs: int, # N
 ) -> list: # N integers, or None where there is no new seed
-    "One seed per environment: s + i for environment i. Raises ValueError for a list of another length, or negative seeds."
-    seeds = [seed + i for i in range(num_envs)] if isinstance(seed, Integral) else [None] * num_envs if seed is None else list(seed)
-    if len(seeds) != num_envs or any(s is not None and s < 0 for s in seeds):
+    "One seed per environment: s + i for environment i. Raises ValueError for a list of another length, or for seeds that are no integers from 0 to 2^64 - 1."
+    seeds = [int(seed) + i for i in range(num_envs)] if isinstance(seed, Integral) else list(seed) if isinstance(seed, (list, tuple, np.ndarray)) else [seed] * num_envs
+    if len(seeds) != num_envs or not all(s is None or isinstance(s, Integral) and 0 <= s < 2**64 for s in seeds):
         raise ValueError(f'seed={seed} does not fit {num_envs} environments; give one integer >= 0, or a list of {num_envs}')
     return seeds
 
 # %% ../nbs/02_envs.ipynb #020049
+class Luck:
+    "Random numbers of N environments: those of an episode depend on the environment's seed and on how many episodes it has had since."
+
+    def __init__(self,
+                 seed: int, # of the experiment
+                 num_envs: int, # N
+                 reset_noise: int, # numbers for a start
+                 step_noise: int): # numbers for a step
+        self.reset_noise, self.step_noise = reset_noise, step_noise
+        self.x = splitmix64(splitmix64(np.array([seed], np.uint64)) + np.arange(num_envs, dtype=np.uint64)) - STRETCH  # an episode begins a stretch further
+        self.ahead, self.used = np.zeros((num_envs, reset_noise), np.float32), np.ones(num_envs, bool)
+
+    def seed(self,
+             rows: np.ndarray, # of environments, int [n]
+             seeds: list): # n integers
+        "Begin again, with other seeds."
+        self.x[rows], self.used[rows] = splitmix64(np.array(seeds, np.uint64)) - STRETCH, True
+
+    def start(self,
+              rows: np.ndarray, # of environments that begin an episode, int [n]
+             ) -> np.ndarray: # float32 in (0, 1), [n, reset_noise]
+        "Numbers for a start."
+        if np.count_nonzero(self.used[rows]):
+            late = self.used.nonzero()[0]
+            self.ahead[late], self.used[late] = uniform_numbers(self.x[late] + STRETCH, self.reset_noise), False
+        self.x[rows] += STRETCH
+        self.used[rows] = True
+        return self.ahead[rows]
+
+    def step(self,
+             t: np.ndarray, # steps of each episode so far, int [N]
+            ) -> np.ndarray: # float32 in (0, 1), [N, step_noise]
+        "Numbers for a step of all environments: they follow those of the start and of the steps before."
+        return uniform_numbers(self.x + GOLDEN * (self.reset_noise + t * self.step_noise).astype(np.uint64), self.step_noise)
+
+# %% ../nbs/02_envs.ipynb #020052
 AUTORESET_MODES = AutoresetMode.DISABLED, AutoresetMode.SAME_STEP
 
 
 class EnvBatch(VectorEnv):
     "N environments of one family, each with its own task, stepped together: a `gymnasium.vector.VectorEnv`."
 
-    def __new__(cls, config, *args, **kwargs): return super().__new__(config.family.batch or cls)
+    def __new__(cls, config=None, *args, **kwargs): return super().__new__(config.family.batch or cls if cls is EnvBatch and config else cls)
 
     def __init__(self,
                  config: EnvConfig, # family, N = num_envs, time limit, seed
                  tasks: list = None, # N records; None: the first training tasks
                  autoreset_mode: AutoresetMode = AutoresetMode.DISABLED): # or SAME_STEP
-        if AutoresetMode(autoreset_mode) not in AUTORESET_MODES:
-            raise ValueError(f'autoreset_mode={autoreset_mode} is not one of {", ".join(map(str, AUTORESET_MODES))}: it would put transitions that are none among the real ones')
+        mode = AutoresetMode(autoreset_mode)
+        if mode not in AUTORESET_MODES: raise ValueError(f'autoreset_mode={mode} is not one of {", ".join(map(str, AUTORESET_MODES))}: it would put transitions that are none among the real ones')
         N, family = config.num_envs, config.family
-        self.config, self.family, self.num_envs = config, family, N
-        self.restarts, self.metadata = AutoresetMode(autoreset_mode) == AutoresetMode.SAME_STEP, {'autoreset_mode': AutoresetMode(autoreset_mode)}
+        self.config, self.family, self.num_envs, self.metadata, self.restarts = config, family, N, {'autoreset_mode': mode}, mode == AutoresetMode.SAME_STEP
         self.single_observation_space, self.observation_space = family.observation_space, batch_space(family.observation_space, N)
         self.single_action_space, self.action_space = family.action_space, batch_space(family.action_space, N)
-        self.luck = splitmix64(np.array(spread_seed(config.seed, N), np.uint64)) - STRETCH  # where the random numbers of each one's episode begin
-        self.ahead, self.stale = np.zeros((N, family.reset_noise), np.float32), np.ones(N, bool)  # numbers for the next reset, and who has used them
+        self.luck, self.no_noise = Luck(config.seed, N, family.reset_noise, family.step_noise), read_only(np.zeros((N, 0), np.float32))
         self.t, self.terminated, self.truncated = np.zeros(N, int), np.zeros(N, bool), np.zeros(N, bool)
-        self.due, self.no_noise = np.zeros(N, bool), read_only(np.zeros((N, 0), np.float32))  # whose task is new; what a step without chance gets
-        self.state, self.tasks = None, {}
+        self.state, self.records, self.due = None, None, np.zeros(N, bool)  # due: has a new task, and must be reset
         self.set_tasks(self.sample_tasks(N) if tasks is None else tasks)
 
     def sample_tasks(self,
@@ -435,21 +470,23 @@ class EnvBatch(VectorEnv):
                      start: int = 0, # index of the first task
                     ) -> list: # of n records
         "Tasks of this family, see `TaskDistribution`."
-        return sample_tasks(self.config, n, split, step, start)
+        return TaskDistribution(self.family, self.config.seed).sample_tasks(n, split, step, start)
 
     def set_tasks(self,
                   tasks: list, # records, as `sample_tasks` gives them: N, or one for each True of the mask
                   mask: np.ndarray = None, # bool [N]: which environments they are for; None: all
                  ) -> None:
         "Give environments their tasks; these must be reset next, since an episode has one task. Raises ValueError for records that do not fit."
-        mask = check_mask(mask, self.num_envs)
-        if len(tasks) != mask.sum(): raise ValueError(f'{len(tasks)} tasks for {mask.sum()} environments; give one each')
-        new = stack_tasks(tasks, self.config) if len(tasks) else {}
-        if not mask.all():
-            if not self.tasks: raise ValueError(f'environments {np.flatnonzero(~mask).tolist()} have no task yet; set all first')
-            for field in new: new[field] = read_only(np.insert(self.records[field][~mask], np.cumsum(~mask)[mask], new[field], 0))
-        if new: self.records, self.tasks = new, self.family.prepare(new)
-        self.due[mask] = True
+        rows = np.flatnonzero(check_mask(mask, self.num_envs))
+        if len(tasks) != len(rows): raise ValueError(f'{len(tasks)} tasks for {len(rows)} environments; give one each')
+        if not len(rows): return
+        new = stack_tasks(tasks, self.family)
+        if len(rows) < self.num_envs:
+            merged = {field: values.copy() for field, values in self.records.items()}
+            for field in merged: merged[field][rows] = new[field]
+            new = {field: read_only(values) for field, values in merged.items()}
+        self.tasks, self.records = self.family.prepare(new), new
+        self.due[rows] = True
 
     def get_tasks(self) -> list: # N records
         "The tasks, as `set_tasks` takes them."
@@ -459,16 +496,15 @@ class EnvBatch(VectorEnv):
               seed=None, # None: go on; an integer s: s + i for environment i; or a list of N integers or None
               options: dict = None, # {'reset_mask': bool [N]}: these only
              ) -> tuple: # observations [N, O], {}
-        "Start episodes; their randomness depends on the seed of the environment and on how many episodes it has had since. Raises ValueError for a bad mask or seed."
+        "Start episodes; their randomness depends on the seed of the environment and on how many episodes it has had since. Raises ValueError for a bad mask, seed or option."
         self._check_open()
-        mask = check_mask((options or {}).get('reset_mask'), self.num_envs)
+        if unknown := set(options or {}) - {'reset_mask'}: raise ValueError(f"options={options}: {', '.join(map(repr, sorted(unknown)))} is unknown; there is 'reset_mask'")
+        mask, seeds = check_mask((options or {}).get('reset_mask'), self.num_envs), spread_seed(seed, self.num_envs)
         if self.state is None and not mask.all(): raise ValueError(f'environments {np.flatnonzero(~mask).tolist()} have no episode yet; reset all first')
-        if seed is not None:
-            seeds = spread_seed(seed, self.num_envs)
-            given = np.array([i for i, s in enumerate(seeds) if mask[i] and s is not None], int)
-            self.luck[given], self.stale[given] = splitmix64(np.array([seeds[i] for i in given], np.uint64)) - STRETCH, True
+        given = [i for i in np.flatnonzero(mask) if seeds[i] is not None]
+        if given: self.luck.seed(np.array(given), [seeds[i] for i in given])
+        if mask.any(): self.state = read_only(self._start(np.flatnonzero(mask), self.state)[0])
         self.terminated, self.truncated, self.due = self.terminated & ~mask, self.truncated & ~mask, self.due & ~mask
-        self._start(np.flatnonzero(mask))
         return self._observe(self.state, self.tasks), {}
 
     def step(self,
@@ -478,12 +514,12 @@ class EnvBatch(VectorEnv):
         self._check_open()
         if self.state is None: raise RuntimeError('there is no episode to step in; call reset() first')
         if np.count_nonzero(self.due): raise RuntimeError(f'environments {np.flatnonzero(self.due).tolist()} have a new task; reset them first, also after set_tasks()')
-        state, reward, terminated = self._advance(check_actions(actions, self.single_action_space, self.num_envs))
+        state, reward, terminated, truncated = self._advance(check_actions(actions, self.single_action_space, self.num_envs))
         if not np.shape(reward) == np.shape(terminated) == (self.num_envs,):
             raise ValueError(f'{type(self.family).__name__}.step gave reward {np.shape(reward)} and terminated {np.shape(terminated)}; both must have shape ({self.num_envs},)')
         self.t += 1
-        truncated = (self.t >= self.config.time_limit) & ~terminated
-        if self.restarts: return self._step_and_restart(state, reward, terminated, truncated)
+        truncated = ((self.t >= self.config.time_limit) | truncated) > terminated  # and not terminated
+        if self.restarts: return self._restart(state, reward, terminated, truncated)
         if np.count_nonzero(over := self.terminated | self.truncated):  # frozen: as they were
             state, reward = np.where(over.reshape(-1, *[1] * (state.ndim - 1)), self.state, state), np.where(over, np.float32(0), reward)
             terminated, truncated = np.where(over, self.terminated, terminated), np.where(over, self.truncated, truncated)
@@ -491,47 +527,35 @@ class EnvBatch(VectorEnv):
         self.state, self.terminated, self.truncated = read_only(state), terminated, truncated
         return self._observe(state, self.tasks), np.array(reward, np.float32), terminated.copy(), truncated.copy(), {}
 
-    def _step_and_restart(self, state, reward, terminated, truncated):  # whose episode is over starts the next one
-        obs, over, self.state = self._observe(state, self.tasks), terminated | truncated, read_only(state)
-        rows = over.nonzero()[0]
-        if not len(rows): return obs, np.array(reward, np.float32), terminated, truncated, {}
-        final = np.array(obs)
-        fresh, tasks = self._start(rows)
-        obs[rows] = self._observe(fresh, tasks)
-        return obs, np.array(reward, np.float32), terminated, truncated, {'final_obs': final, '_final_obs': over}
+    def _restart(self, state, reward, terminated, truncated):  # whose episode is over starts the next one
+        obs, over = self._observe(state, self.tasks), terminated | truncated
+        rows, info = over.nonzero()[0], {}
+        if len(rows):
+            info = {'final_obs': np.array(obs), '_final_obs': over}
+            state, obs[rows] = self._start(rows, state)
+        self.state = read_only(state)
+        return obs, np.array(reward, np.float32), terminated, truncated, info
 
-    def _start(self, rows):  # new episodes; gives their states and tasks
+    def _start(self, rows, state):  # new episodes: the state with their starts in it, and what is seen of these
         tasks = Rows(self.tasks, rows) if len(rows) < self.num_envs else self.tasks
-        fresh = np.array(self._begin(rows, tasks, self._reset_noise(rows)))
-        if self.state is not None:
-            state = np.array(self.state)
-            state[rows] = fresh
-        self.state = read_only(fresh if self.state is None else state)
+        fresh = self._begin(rows, tasks, self.luck.start(rows))
+        if state is None or not state.flags.writeable: state = np.array(fresh if state is None else state)
+        state[rows] = fresh
         self.t[rows] = 0
-        return fresh, tasks
+        return state, self._observe(fresh, tasks)
 
-    def _reset_noise(self, rows):  # drawn ahead, for many at once
-        if np.count_nonzero(self.stale[rows]):
-            late = self.stale.nonzero()[0]
-            self.ahead[late], self.stale[late] = uniform_numbers(self.luck[late] + STRETCH, self.family.reset_noise), False
-        self.luck[rows] += STRETCH
-        self.stale[rows] = True
-        return self.ahead[rows]
+    def _begin(self, rows, tasks, noise): return self.family.reset(tasks, noise)  # states of new episodes
 
-    def _begin(self, rows, tasks, noise):  # states of new episodes
-        return self.family.reset(tasks, noise)
+    def _advance(self, actions):  # next states, rewards, terminated, truncated for another reason than the time limit
+        noise = self.luck.step(self.t) if self.family.step_noise else self.no_noise
+        return *self.family.step(self.state, actions, self.tasks, noise), np.False_
 
-    def _advance(self, actions):  # next states, rewards, terminated
-        used = self.family.reset_noise + self.t * self.family.step_noise  # what reset and earlier steps of the episode took
-        noise = uniform_numbers(self.luck + GOLDEN * used.astype(np.uint64), self.family.step_noise) if self.family.step_noise else self.no_noise
-        return self.family.step(self.state, actions, self.tasks, noise)
+    def _observe(self, state, tasks): return np.array(self.family.observe(state, tasks), self.single_observation_space.dtype)
 
     def _check_open(self):
         if self.closed: raise RuntimeError('this EnvBatch is closed; make a new one')
 
-    def _observe(self, state, tasks): return np.array(self.family.observe(state, tasks), self.single_observation_space.dtype)
-
-# %% ../nbs/02_envs.ipynb #020055
+# %% ../nbs/02_envs.ipynb #020058
 def play_actions(
     env: EnvBatch, # N environments
     actions: np.ndarray, # [T, N, ...]
@@ -542,120 +566,7 @@ def play_actions(
     rows = [env.step(a)[:4] for a in actions]
     return np.stack([obs, *[row[0] for row in rows]]), *(np.stack([row[k] for row in rows]) for k in (1, 2, 3))
 
-# %% ../nbs/02_envs.ipynb #020071
-def play_on(
-    env: VectorEnv, # N environments
-    actions: np.ndarray, # [T, N, ...]
-    seed = None, # of the reset
-    spoil: bool = False, # overwrite each returned array, after it was copied
-) -> tuple: # observations [T + 1, N, ...], rewards [T, N], terminated [T, N], truncated [T, N]; copies
-    "Actions chosen beforehand, over as many episodes as it takes: where autoreset is disabled, who has finished is reset."
-    def kept(*arrays):
-        copies = [np.array(x) for x in arrays]
-        if spoil: [x.fill(1) for x in arrays]
-        return copies
-    obs, steps = kept(env.reset(seed=seed)[0]), []
-    for a in actions:
-        steps.append(kept(*env.step(a)[:4]))
-        over = steps[-1][2] | steps[-1][3]
-        if env.metadata['autoreset_mode'] == AutoresetMode.DISABLED and over.any(): steps[-1][0], = kept(env.reset(options={'reset_mask': over})[0])
-    return np.stack(obs + [s[0] for s in steps]), *(np.stack([s[k] for s in steps]) for k in (1, 2, 3))
-
-
-def check_same(
-    runs: tuple, # of arrays, as `play_on` gives them
-    others: tuple, # the same, of another run
-    what: str, # that should not have made a difference
-) -> None:
-    "Raises ValueError that names the first environment and step where they differ by more than 1e-5."
-    for name, x, y in zip(('observations', 'rewards', 'terminated', 'truncated'), runs, others):
-        bad = np.argwhere(~np.isclose(x, y, 1e-5, 1e-5, equal_nan=True))
-        if len(bad): raise ValueError(f'{name} of environment {bad[0][1]} change in step {bad[0][0]} {what}')
-
-
-def check_returns(
-    env: VectorEnv, # N environments
-    actions: np.ndarray, # [T, N, ...]
-) -> None:
-    "Raises ValueError if shapes, kinds or spaces of what a batch returns are not those of Gymnasium's vector interface, or if no episode ends."
-    N, ended, kept = env.num_envs, False, []
-    def one(ok, text):
-        if not ok: raise ValueError(f'{type(env).__name__}: {text}')
-    def seen(obs, text): one(obs in env.observation_space, f'{text} of shape {np.shape(obs)} and dtype {getattr(obs, "dtype", None)} are not in {env.observation_space}')
-    one(env.observation_space == batch_space(env.single_observation_space, N) and env.action_space == batch_space(env.single_action_space, N), f'the spaces are not {N} times the single ones')
-    obs, info = env.reset(seed=0)
-    seen(obs, 'first observations')
-    one(isinstance(info, dict), f'reset gave info {info!r}; it must be a dict')
-    for a in actions:
-        obs, reward, terminated, truncated, info = env.step(a)
-        kept += [(x, np.array(x)) for x in (obs, reward, terminated, truncated)]
-        seen(obs, 'observations')
-        for name, x, kind in (('rewards', reward, 'f'), ('terminated', terminated, 'b'), ('truncated', truncated, 'b')):
-            one(isinstance(x, np.ndarray) and x.shape == (N,) and x.dtype.kind == kind, f'{name} are {x!r}; they must be an array of {N} {"floats" if kind == "f" else "bools"}')
-        if (over := terminated | truncated).any():
-            ended, mode = True, env.metadata['autoreset_mode']
-            if mode == AutoresetMode.DISABLED: env.reset(options={'reset_mask': over})
-            if mode == AutoresetMode.SAME_STEP:
-                one('final_obs' in info and (info['_final_obs'] == over).all(), "episodes ended, and info has no 'final_obs' with the mask '_final_obs' of those")
-                one(all(info['final_obs'][i] in env.single_observation_space for i in np.flatnonzero(over)), "'final_obs' is not in the observation space")
-    one(all(np.array_equal(x, copy, equal_nan=True) for x, copy in kept), 'an array that was returned is overwritten later; return a new one each time')
-    one(ended, f'no episode ended in {len(actions)} steps; give a shorter time limit, or check more steps')
-
-
-def check_vector_env(
-    make: Callable, # function: N -> VectorEnv of N environments, of which environment i is the same whatever N is
-    num_envs: int = 3, # N
-    steps: int = 60, # of random actions
-) -> None:
-    "Raises ValueError if a batch breaks a promise: what it returns, seeds, independence of N and of returned arrays, partial resets."
-    env = make(num_envs)
-    env.action_space.seed(0)
-    actions = np.stack([env.action_space.sample() for _ in range(steps)])
-    check_returns(env, actions)
-    run = play_on(env, actions, 7)
-    check_same(run, play_on(env, actions, 7), 'when the same seed is used again')
-    for n in range(1, num_envs): check_same([x[:, :n] for x in run], play_on(make(n), actions[:, :n], 7), f'when there are {n} environments instead of {num_envs}')
-    check_same(run, play_on(make(num_envs), actions, [7 + i for i in range(num_envs)]), 'when seeds are given as a list')
-    check_same(run, play_on(make(num_envs), actions, 7, spoil=True), 'when the returned arrays are overwritten')
-    check_partial_reset(make(num_envs), make(num_envs), actions[:steps // 4])
-
-
-def check_partial_reset(
-    env: VectorEnv, # N environments
-    twin: VectorEnv, # the same
-    actions: np.ndarray, # [T, N, ...]
-) -> None:
-    "Raises ValueError if a reset of environment 0 changes another one."
-    some = np.arange(env.num_envs) == 0
-    for e in (env, twin): e.reset(seed=7)
-    before = env.step(actions[0])[0], twin.step(actions[0])[0]
-    fresh = env.reset(options={'reset_mask': some})[0]
-    check_same([x[None, ~some] for x in (fresh, *before[:1])], [x[None, ~some] for x in (before[1], before[1])], 'when only others are reset')
-    for a in actions[1:]:
-        ours, theirs = env.step(a), twin.step(a)
-        over = theirs[2] | theirs[3] | ours[2] | ours[3]
-        check_same([x[None, ~some & ~over] for x in ours[:4]], [x[None, ~some & ~over] for x in theirs[:4]], 'when only others are reset')
-        if over.any(): return
-
-
-def check_family(
-    env_name: str, # a registered family
-    num_envs: int = 3, # N
-    steps: int = 60, # of random actions
-    **options, # of the family
-) -> None:
-    "Check both kinds of batch of a family, and each environment alone with its task. Raises ValueError for a broken promise."
-    config = EnvConfig(env_name, num_envs, max(steps // 4, 1), options=options)
-    for mode in AUTORESET_MODES: check_vector_env(lambda n: EnvBatch(replace(config, num_envs=n), autoreset_mode=mode), num_envs, steps)
-    env, tasks = EnvBatch(config), sample_tasks(config, num_envs)
-    env.action_space.seed(0)
-    actions = np.stack([env.action_space.sample() for _ in range(steps)])
-    together = play_on(env, actions, seed=0)
-    for i, task in enumerate(tasks):
-        alone = play_on(EnvBatch(replace(config, num_envs=1), [task]), actions[:, i:i + 1], seed=i)
-        check_same([x[:, i:i + 1] for x in together], alone, 'when it is played alone: keep the rows of all arrays apart')
-
-# %% ../nbs/02_envs.ipynb #020078
+# %% ../nbs/02_envs.ipynb #020065
 class TaskEnv(gym.Env):
     "One environment of a family: a batch of one behind the single-environment API."
 

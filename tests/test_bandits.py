@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from ssm_metarl.bandits import (Bandit, TabularMDP, backward_induction, bayes_optimal_value, dependent_regret, greedy_dependent, index_policy, index_table, play_bandit,
                                 play_plan, psrl, random_arm, regret, sample_mdp, thompson, thompson_dependent, total_reward, ucb1)
-from ssm_metarl.envs import EnvBatch, EnvConfig, check_family, play_actions, sample_tasks, split_of, stream
+from ssm_metarl.env_checks import check_family
+from ssm_metarl.envs import EnvBatch, EnvConfig, checksum_split, play_actions, sample_tasks, stream
 
 few = settings(max_examples=25, deadline=None, derandomize=True)
 BANDIT, MDP = 'MetaBandit-v0', 'MetaTabularMDP-v0'
@@ -85,7 +86,7 @@ def test_dependent_tasks(seed):
     config = EnvConfig(BANDIT, seed=seed, options={'arms': 2, 'dependent': True})
     for split in ('train', 'validation', 'held_out'):
         for task in sample_tasks(config, 5, split):
-            assert abs(task['chance'].sum() - 1) < 1e-6 and config.tasks.split_of(task) == split == split_of(task)
+            assert abs(task['chance'].sum() - 1) < 1e-6 and config.tasks.split_of(task) == split == checksum_split(task)
     for task in sample_tasks(config, 5, 'both-good'):
         assert task['chance'].min() >= .5 and config.tasks.split_of(task) == 'out of distribution'
 

@@ -1,4 +1,5 @@
 "Properties of `envs` that hold for any number of environments, seed, task and order of events."
+import copy
 import json
 import pickle
 import warnings
@@ -15,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from ssm_metarl.envs import (FAMILIES, SPLITS, EnvBatch, EnvConfig, Family, PointNavigation, TaskDistribution, TaskEnv, check_family, check_vector_env, play_actions, play_on,
-                             register_family, sample_tasks, split_of, splitmix64, stack_tasks, stream, uniform_numbers, unregister_family, unstack_tasks)
+from ssm_metarl.env_checks import check_family, check_vector_env, play_on
+from ssm_metarl.envs import (FAMILIES, SPLITS, EnvBatch, EnvConfig, Family, Luck, PointNavigation, TaskDistribution, TaskEnv, checksum_split, play_actions, register_family,
+                             sample_tasks, splitmix64, stack_tasks, stream, uniform_numbers, unregister_family, unstack_tasks)
 
 few = settings(max_examples=25, deadline=None, derandomize=True)
 
@@ -112,7 +114,8 @@ def test_episodes_are_keyed_by_seed_and_number(name, seed):
     first, second = (env.reset(seed=s)[0] for s in (seed, None))
     assert_same([first, second], [env.reset(seed=s)[0] for s in (seed, None)])
     assert (first != second).any() == (name != 'MetaGymToy-v0')  # only there every start is the same
-    assert_same([first], [EnvBatch(EnvConfig(name, 3, seed=seed), env.get_tasks()).reset()[0]])
+    start, again = (EnvBatch(EnvConfig(name, 3, seed=seed), env.get_tasks()).reset()[0] for _ in range(2))
+    assert_same([start], [again])
 
 
 @few
@@ -182,6 +185,41 @@ def test_returned_arrays_are_new():
     assert env.t.tolist() == [2, 2] and not env.terminated.any() and not (env.state == 1).any()
 
 
+def test_actions_belong_to_the_caller():
+    "A family may keep an action as its state; the caller's array stays writable, and nothing that happens to it reaches the state."
+    @register_family('EnvsTestKeep-v0')
+    class Keep(PointNavigation):
+        def step(self, state, action, tasks, noise): return action, action[:, 0], np.zeros(len(action), bool)
+
+    env, buffer = EnvBatch(EnvConfig('EnvsTestKeep-v0', 2)), np.ones((3, 2, 2), np.float32)
+    env.reset()
+    env.step(buffer[0])
+    buffer[0] = 7
+    assert (env.state == 1).all()
+    Keep.step = lambda self, state, action, tasks, noise: (np.clip(action, -.1, .1, out=action), action[:, 0], action[:, 0] > 1)
+    with pytest.raises(ValueError, match='read-only'): env.step(buffer[1])
+    unregister_family('EnvsTestKeep-v0')
+
+
+def test_a_reset_that_fails_is_still_due():
+    env = EnvBatch(EnvConfig('EnvsTestWalk-v0', 2))
+    env.reset()
+    env.set_tasks(env.sample_tasks(2, step=1))
+    env.family.reset = lambda tasks, noise: 1 / 0
+    with pytest.raises(ZeroDivisionError): env.reset()
+    with pytest.raises(RuntimeError, match=r'environments \[0, 1\] have a new task'): env.step(np.zeros((2, 2)))
+
+
+def test_copies_go_their_own_way():
+    for copies in (copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))):
+        env = EnvBatch(EnvConfig(num_envs=2))
+        env.reset(seed=3)
+        twin = copies(env)
+        assert_same([env.step(np.full((2, 2), .1))[0]], [twin.step(np.full((2, 2), .1))[0]])
+        env.step(np.full((2, 2), .1))
+        assert (env.t, twin.t)[0][0] == twin.t[0] + 1
+
+
 def test_a_family_cannot_change_state_or_tasks_in_place():
     @register_family('EnvsTestInPlace-v0')
     class InPlace(PointNavigation):
@@ -203,7 +241,7 @@ def test_a_task_depends_on_its_own_index_alone(name, split, seed, step, n, start
     config = EnvConfig(name, seed=seed)
     some, all_ = sample_tasks(config, n, split, step, start), sample_tasks(config, start + n, split, step)
     for a, b in zip(some, all_[start:], strict=True): assert_same([a[k] for k in sorted(a)], [b[k] for k in sorted(b)])
-    assert {split_of(task) for task in some} == {split}
+    assert {checksum_split(task) for task in some} == {split}
 
 
 @few
@@ -215,7 +253,7 @@ def test_a_record_keeps_its_split(name, seed):
     env.set_tasks(tasks)
     text = json.loads(json.dumps([{k: np.asarray(v).tolist() for k, v in task.items()} for task in env.get_tasks()]))
     for form in (env.get_tasks(), text, [dict(reversed(t.items())) for t in text], [{k: np.float64(v) for k, v in t.items()} for t in text]):
-        assert [split_of(task) for task in form] == ['held_out'] * 4
+        assert [checksum_split(task) for task in form] == ['held_out'] * 4
         env.set_tasks(form)
 
 
@@ -245,7 +283,7 @@ def test_out_of_distribution_is_out_of_distribution():
 def test_tasks_survive_a_file(tmp_path):
     config = EnvConfig(options={'rotation': 3., 'bias': .1})
     tasks = sample_tasks(config, 5)
-    np.savez(tmp_path / 'tasks.npz', **stack_tasks(tasks, config))
+    np.savez(tmp_path / 'tasks.npz', **stack_tasks(tasks, config.family))
     with np.load(tmp_path / 'tasks.npz', allow_pickle=False) as file: back = unstack_tasks(dict(file))
     for a, b in zip(back, tasks, strict=True): assert_same([a[k] for k in sorted(a)], [b[k] for k in sorted(b)])
 
@@ -329,13 +367,15 @@ def test_do_nothing_and_oracle():
 class Defect(VectorEnv):
     "A sound batch with one defect, by name."
     def __init__(self, n, kind):
-        self.env, self.kind, self.seen = EnvBatch(EnvConfig('EnvsTestWalk-v0', n, 5)), kind, []
+        self.env, self.kind = EnvBatch(EnvConfig('EnvsTestWalk-v0', n, 5), autoreset_mode=AutoresetMode.SAME_STEP if kind == 'final' else AutoresetMode.DISABLED), kind
         for name in ('num_envs', 'observation_space', 'single_observation_space', 'action_space', 'single_action_space', 'metadata'): setattr(self, name, getattr(self.env, name))
-        self.obs = np.zeros((n, 2), np.float32)
+        self.obs, self.final = np.zeros((n, 2), np.float32), None
 
     def reset(self, *, seed=None, options=None):
-        if self.kind == 'mask': options = None
-        if self.kind == 'seed': seed = None
+        if self.kind == 'all': options = None
+        if self.kind == 'none' and options: return self._out(self.obs), {}
+        if self.kind == 'unseeded': seed = None
+        if self.kind == 'seedless' and seed is not None: seed = 0
         obs, info = self.env.reset(seed=seed, options=options)
         if self.kind == 'list' and isinstance(seed, list): obs = obs + 1
         return self._out(obs), info
@@ -344,23 +384,46 @@ class Defect(VectorEnv):
         obs, reward, terminated, truncated, info = self.env.step(actions)
         if self.kind == 'rows': reward = reward - reward.mean()
         if self.kind == 'reward': reward = reward[:, None]
+        if self.kind == 'nan': reward = reward * np.nan
         if self.kind == 'dtype': obs = obs.astype(float)
         if self.kind == 'flags': terminated = terminated.astype(int)
         if self.kind == 'endless': terminated, truncated = np.zeros_like(terminated), np.zeros_like(truncated)
+        if self.kind == 'final' and info:
+            if self.final is None: self.final = info['final_obs']
+            self.final[:] = info['final_obs']
+            info = info | {'final_obs': self.final}
         return self._out(obs), reward, terminated, truncated, info
 
     def _out(self, obs):
+        if self.kind == 'none': self.obs = obs
         if self.kind != 'reused': return obs
-        self.obs += obs - self.obs  # the same array each time, and read again
+        self.obs += obs - self.obs  # the same array each time
         return self.obs
 
 
 @pytest.mark.parametrize('kind, message', [
-    (None, None), ('mask', 'when only others are reset'), ('seed', 'when the same seed is used again'), ('list', 'when seeds are given as a list'), ('rows', 'when there are 1 environments instead of 3'),
-    ('reward', 'rewards are array'), ('dtype', 'observations of shape .* and dtype float64 are not in'), ('flags', 'terminated are array'), ('endless', 'no episode ended in 60 steps'), ('reused', 'overwritten')])
+    ('all', 'when only another one is reset'), ('none', 'a reset starts no new episode'), ('unseeded', 'when the same seed is used again'), ('seedless', 'the seed is not used'),
+    ('list', 'when seeds are given as a list'), ('rows', 'when there are 1 environments instead of 3'), ('reward', 'rewards are array'), ('nan', r'rewards of environments \[0, 1, 2\] are not finite'),
+    ('dtype', 'observations of shape .* and dtype float64 are not in'), ('flags', 'terminated are array'), ('endless', 'no episode ended in 60 steps'), ('reused', 'overwritten'), ('final', 'overwritten')])
 def test_the_checker_finds_each_defect(kind, message):
-    if kind is None: return check_vector_env(lambda n: Defect(n, kind))
     with pytest.raises(ValueError, match=message): check_vector_env(lambda n: Defect(n, kind))
+
+
+def test_the_checker_accepts_what_is_sound_and_closes_it():
+    made = []
+    check_vector_env(lambda n: made.append(Defect(n, None)) or made[-1])
+    assert len(made) > 3 and all(env.closed for env in made)
+
+
+def test_what_the_checker_cannot_judge():
+    with pytest.raises(ValueError, match='steps=3 is too few'): check_vector_env(lambda n: Defect(n, None), steps=3)
+    blackjack = lambda n: gym.make_vec('Blackjack-v1', num_envs=n, vectorization_mode='sync', vector_kwargs={'autoreset_mode': AutoresetMode.SAME_STEP})
+    with pytest.raises(ValueError, match='must be single arrays'): check_vector_env(blackjack)
+    def nameless(n):
+        env = Defect(n, None)
+        env.metadata = {}
+        return env
+    with pytest.raises(ValueError, match="metadata has no 'autoreset_mode'"): check_vector_env(nameless)
 
 
 # Mistakes.
@@ -401,7 +464,8 @@ def test_calls_in_the_wrong_order():
     with pytest.raises(ValueError, match=r'environments \[1\] have no episode yet'): env.reset(options={'reset_mask': [True, False]})
     for mask in ([True], [1, 1], np.ones((2, 1), bool)):
         with pytest.raises(ValueError, match='reset_mask is'): env.reset(options={'reset_mask': mask})
-    for seed in (-1, [1, 2, 3], [0, -5]):
+    with pytest.raises(ValueError, match="'mask' is unknown"): env.reset(options={'mask': np.ones(2, bool)})
+    for seed in (-1, [1, 2, 3], [0, -5], 1.5, 2**64, [1.5, 2]):
         with pytest.raises(ValueError, match='does not fit 2 environments'): env.reset(seed=seed)
     env.reset()
     env.set_tasks(env.sample_tasks(2))

@@ -8,8 +8,9 @@ import pytest
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 
-from ssm_metarl.envs import EnvBatch, EnvConfig, check_family, play_actions, register_family, sample_tasks, unregister_family
-from ssm_metarl.gymnasium_envs import POOL, GymnasiumBatch, GymnasiumFamily
+from ssm_metarl.env_checks import check_family
+from ssm_metarl.envs import EnvBatch, EnvConfig, play_actions, register_family, sample_tasks, unregister_family
+from ssm_metarl.gymnasium_envs import WAITING, GymnasiumBatch, GymnasiumFamily
 from ssm_metarl.policy import PolicyConfig, SSMMetaPolicy
 from ssm_metarl.rollout import collect
 
@@ -83,9 +84,9 @@ def test_environments_of_a_batch_that_is_gone_serve_the_next_one():
     one = play_actions(first, actions)
     del first
     gc.collect()
-    assert any(made in waiting for waiting in POOL.values())
+    assert made in WAITING.values()
     second = EnvBatch(config, tasks[:2])
-    assert second.envs is made and not any(made in waiting for waiting in POOL.values())
+    assert second.envs is made and made not in WAITING.values()
     other, third = play_actions(second, actions), EnvBatch(config, tasks[2:])
     assert third.envs is not made  # it is in use
     for x, y in zip(one, play_actions(third, actions)): np.testing.assert_array_equal(x, y)
@@ -93,7 +94,58 @@ def test_environments_of_a_batch_that_is_gone_serve_the_next_one():
     second.close()
     del second
     gc.collect()
-    assert not any(made in waiting for waiting in POOL.values())  # what was closed stays closed
+    assert made not in WAITING.values()  # what was closed stays closed
+
+
+def test_no_environment_is_made_twice(monkeypatch):
+    config = EnvConfig('EnvsTestPole-v0', 3, 20)
+    EnvBatch(config).close()
+    made = []
+    monkeypatch.setattr(Pole, 'make_env', lambda self, original=Pole.make_env: made.append(self) or original(self))
+    env = EnvBatch(config)
+    assert len(made) == 3
+    for step in range(3):
+        env.set_tasks(env.sample_tasks(3, step=step))
+        env.reset()
+    del env
+    gc.collect()
+    EnvBatch(config, sample_tasks(config, 3, 'held_out')).reset()
+    assert len(made) == 3
+
+
+@pytest.mark.parametrize('parallel', [False, True])
+def test_environments_that_failed_do_not_come_back(parallel):
+    @register_family('EnvsTestFragile-v0')
+    class Fragile(Pole):
+        def apply(self, env, task):
+            if task['length'] > .9: raise ArithmeticError('too long')
+            super().apply(env, task)
+
+    config, short, long = EnvConfig('EnvsTestFragile-v0', 2, options={'parallel': parallel}), {'length': .5, 'force': 10}, {'length': .95, 'force': 10}
+    env = EnvBatch(config, [short, long])
+    with pytest.raises(ArithmeticError): env.reset()
+    del env
+    gc.collect()
+    env = EnvBatch(config, [short, short])
+    env.reset()
+    env.step(np.array([0, 1]))
+    env.close()
+    unregister_family('EnvsTestFragile-v0')
+
+
+def test_an_environment_may_truncate_itself():
+    gym.register('EnvsTestShort-v0', entry_point=lambda: gym.wrappers.TimeLimit(gym.make('CartPole-v1').unwrapped, 3))
+    @register_family('EnvsTestCut-v0')
+    class Cut(Pole): env_id = 'EnvsTestShort-v0'
+
+    for mode in (AutoresetMode.DISABLED, AutoresetMode.SAME_STEP):
+        env = EnvBatch(EnvConfig('EnvsTestCut-v0', 2, 20), autoreset_mode=mode)
+        env.reset()
+        ends = np.array([env.step(np.array([0, 1]))[2:4] for _ in range(3)])
+        assert not ends[:, 0].any() and ends[:, 1].tolist() == [[False] * 2, [False] * 2, [True] * 2]
+        env.close()
+    unregister_family('EnvsTestCut-v0')
+    gym.registry.pop('EnvsTestShort-v0')
 
 
 def test_a_policy_rolls_out():
@@ -110,6 +162,7 @@ def test_mistakes():
     with pytest.raises(gym.error.NameNotFound):
         class Unknown(GymnasiumFamily): env_id = 'NoSuchThing-v0'
         Unknown()
+    with pytest.raises(TypeError, match="'MetaGymToy-v0' is not a GymnasiumFamily"): GymnasiumBatch(EnvConfig())
     with pytest.raises(ValueError, match="options of 'EnvsTestPole-v0' are parallel"): EnvConfig('EnvsTestPole-v0', options={'async': True})
     env = EnvBatch(EnvConfig('EnvsTestPole-v0', 2))
     with pytest.raises(ValueError, match=r'environments \[1\] are not integers from 0 to 1'): env.reset() and env.step([0, 2])
@@ -146,12 +199,14 @@ def test_masses_are_edited_and_come_back():
     original = gym.make('HalfCheetah-v5').unwrapped.model
     for factor, model in zip((.5, 1.5), [e.model for e in env.envs.get_attr('unwrapped')]):
         np.testing.assert_allclose(model.body_mass, factor * original.body_mass)
-        np.testing.assert_allclose(model.body_inertia, factor * original.body_inertia)
+        for name in ('body_inertia', 'body_subtreemass'): np.testing.assert_allclose(getattr(model, name), factor * getattr(original, name))
+        assert (model.body_invweight0[1:] != original.body_invweight0[1:]).all()  # what contacts feel
     made = env.envs.get_attr('unwrapped')
     env.set_tasks([{'velocity': 1, 'mass': 1}] * 2)
     env.reset()
     assert env.envs.get_attr('unwrapped') == made
-    for e in made: np.testing.assert_array_equal(e.model.body_mass, original.body_mass)
+    for e in made:
+        for name in ('body_mass', 'body_subtreemass', 'body_invweight0'): np.testing.assert_allclose(getattr(e.model, name), getattr(original, name), 1e-9)
     env.close()
 
 
