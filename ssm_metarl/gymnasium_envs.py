@@ -23,7 +23,7 @@ class TaskWrapper(gym.Wrapper):
 
     def __init__(self,
                  env: gym.Env, # any environment
-                 family: 'GymnasiumFamily'): # knows what a task changes
+                 family: Family): # a `GymnasiumFamily`: knows what a task changes
         super().__init__(env)
         self.family, self.current, self.last, self.ends = family, None, None, {'terminated': False, 'truncated': False}
 
