@@ -10,6 +10,7 @@ from gymnasium.vector import AutoresetMode
 
 from ssm_metarl.env_checks import check_family
 from ssm_metarl.envs import EnvBatch, EnvConfig, play_actions, register_family, sample_tasks, unregister_family
+from ssm_metarl.evaluation import reference_returns
 from ssm_metarl.gymnasium_envs import WAITING, GymnasiumBatch, GymnasiumFamily
 from ssm_metarl.policy import PolicyConfig, SSMMetaPolicy
 from ssm_metarl.rollout import collect
@@ -156,6 +157,11 @@ def test_a_policy_rolls_out():
     assert traj.obs.shape == (2, 2, 30, 4) and (traj.returns == traj.mask.sum(-1)).all()  # a point for each real step
     again = collect(policy, dict(policy.named_parameters()), tasks[1:], config, start=1)
     assert (again.obs[0] == traj.obs[1]).all()
+
+
+def test_there_is_no_reference_where_a_family_has_none():
+    config = EnvConfig('EnvsTestPole-v0', num_envs=2, time_limit=30)
+    assert list(reference_returns(sample_tasks(config, 3), config)) == ['random']
 
 
 def test_mistakes():
