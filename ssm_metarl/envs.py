@@ -6,10 +6,11 @@
 __all__ = ['FAMILIES', 'GOLDEN', 'STRETCH', 'SPLITS', 'MAX_TASKS', 'MAX_DRAWS', 'AUTORESET_MODES', 'Family', 'family_class',
            'make_one', 'make_batch', 'make_known', 'unregister_family', 'register_family', 'PointNavigation', 'stream',
            'splitmix64', 'uniform_numbers', 'checksum_split', 'EnvConfig', 'TaskDistribution', 'sample_tasks',
-           'read_only', 'stack_tasks', 'unstack_tasks', 'Rows', 'check_actions', 'check_mask', 'spread_seed', 'Luck',
-           'EnvBatch', 'play_actions', 'TaskEnv']
+           'read_only', 'stack_tasks', 'unstack_tasks', 'Rows', 'check_actions', 'check_mask', 'check_rows',
+           'spread_seed', 'Luck', 'EnvBatch', 'play_actions', 'TaskEnv']
 
 # %% ../nbs/02_envs.ipynb #020003
+import copy
 import importlib
 import inspect
 import zlib
@@ -393,6 +394,15 @@ def check_mask(
     return mask
 
 
+def check_rows(
+    good: np.ndarray, # bool [N, ...]
+    rule: str, # what a good row fulfils
+) -> None:
+    "Raises ValueError that names the tasks with anything that is not good: for `prepare`, where a family says which tasks are possible."
+    bad = np.flatnonzero(~good.reshape(len(good), -1).all(1))
+    if len(bad): raise ValueError(f'tasks {bad.tolist()} break a rule of their family: {rule}')
+
+
 def spread_seed(
     seed, # None, an integer s, or a list of N
     num_envs: int, # N
@@ -456,8 +466,9 @@ class EnvBatch(VectorEnv):
         if mode not in AUTORESET_MODES: raise ValueError(f'autoreset_mode={mode} is not one of {", ".join(map(str, AUTORESET_MODES))}: it would put transitions that are none among the real ones')
         N, family = config.num_envs, config.family
         self.config, self.family, self.num_envs, self.metadata, self.restarts = config, family, N, {'autoreset_mode': mode}, mode == AutoresetMode.SAME_STEP
-        self.single_observation_space, self.observation_space = family.observation_space, batch_space(family.observation_space, N)
-        self.single_action_space, self.action_space = family.action_space, batch_space(family.action_space, N)
+        seen, chosen = copy.deepcopy((family.observation_space, family.action_space))  # spaces have generators, and a class has one space for all its batches
+        self.single_observation_space, self.observation_space = seen, batch_space(seen, N)
+        self.single_action_space, self.action_space = chosen, batch_space(chosen, N)
         self.luck, self.no_noise = Luck(config.seed, N, family.reset_noise, family.step_noise), read_only(np.zeros((N, 0), np.float32))
         self.t, self.terminated, self.truncated = np.zeros(N, int), np.zeros(N, bool), np.zeros(N, bool)
         self.state, self.records, self.due = None, None, np.zeros(N, bool)  # due: has a new task, and must be reset

@@ -16,7 +16,8 @@ from gymnasium import spaces
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .ssm import SSM, SSMConfig, between, linear
+from .cores import CORES
+from .ssm import SSMConfig, between, linear
 
 # %% ../nbs/01_policy.ipynb #010013
 def action_log_prob(
@@ -69,11 +70,13 @@ class PolicyConfig:
     init: str = 'lru' # eigenvalues of the core, as in `SSMConfig`
     init_log_std: float = -0.5 # initial log standard deviation of a Gaussian action, in units of half the action range
     min_log_std: float = -2.5 # floor of the same; keeps exploring, and log-probabilities finite
+    core: str = 'ssm' # the memory: 'ssm', 'gru', or 'none', an SSM without dynamics
     history: bool = False # also see the previous action, reward and episode start (RL^2 needs it)
 
     def __post_init__(self):
         if not isinstance(self.hidden_dim, int) or self.hidden_dim < 1: raise ValueError(f'hidden_dim={self.hidden_dim!r} is not a positive int')
         SSMConfig(self.hidden_dim, self.state_dim, init=self.init)  # checks the next two
+        if self.core not in CORES: raise ValueError(f'core={self.core!r} is not one of {", ".join(map(repr, CORES))}')
         if not (math.isfinite(self.init_log_std) and math.isfinite(self.min_log_std)): raise ValueError(f'init_log_std={self.init_log_std}, min_log_std={self.min_log_std} are not both finite')
         if self.min_log_std > self.init_log_std: raise ValueError(f'min_log_std={self.min_log_std} is above init_log_std={self.init_log_std}; lower it')
 
@@ -130,7 +133,7 @@ class SSMMetaPolicy(nn.Module):
 
     def _build(self, config, seed):
         layer, H = lambda *sizes: nn.utils.skip_init(nn.Linear, *sizes), config.hidden_dim  # the usual initialisation would draw from the global generator
-        self.core = SSM(SSMConfig(H, config.state_dim, H, init=config.init), seed)
+        self.core = CORES[config.core](SSMConfig(H, config.state_dim, H, init=config.init), seed)
         self.encoder, self.norm, self.mixer = layer(self.input_dim, H), nn.LayerNorm(H), layer(H, H)
         self.action, self.value = layer(H, self.action_dim), layer(H, 1)
         if not self.discrete: self.log_std = nn.Parameter(torch.empty(self.action_dim))
@@ -153,7 +156,7 @@ class SSMMetaPolicy(nn.Module):
         "The parameters as a flat dict of tensors, detached copies: what the functional form takes."
         return {k: v.detach().clone() for k, v in self.named_parameters()}
 
-    def initial_state(self, *shape) -> Tensor: # complex [*shape, P]
+    def initial_state(self, *shape) -> Tensor: # complex [*shape, P]; real [*shape, N] for a GRU
         "An empty memory for `shape` sequences."
         return self.core.initial_state(*shape)
 

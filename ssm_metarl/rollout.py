@@ -61,6 +61,10 @@ class Trajectories:
         "Real steps of all trajectories."
         return int(self.mask.sum())
 
+    def of_tasks(self, rows) -> 'Trajectories':
+        "Those of some tasks: an index, slice or mask of the first dimension."
+        return Trajectories(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
     def to(self, device) -> 'Trajectories':
         "The same on another device."
         return Trajectories(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
@@ -250,7 +254,7 @@ def advantages(
     return normalise(gae(reward, value, gamma, lam), traj.mask).to(traj.reward.dtype)
 
 # %% ../nbs/03_rollout.ipynb #030067
-SURROGATES = ('ratio', 'logprob')
+SURROGATES = ('ratio', 'dice', 'logprob')
 
 
 def policy_surrogate(
@@ -258,15 +262,18 @@ def policy_surrogate(
     logp_old: Tensor, # the same when they were chosen, [M, K, T]
     advantage: Tensor, # [M, K, T]
     mask: Tensor, # bool [M, K, T]
-    kind: str = 'ratio', # 'ratio': pi / pi_old, low-variance curvature (Rothfuss et al., ICLR 2019); 'logprob': log pi
+    kind: str = 'ratio', # 'ratio': pi / pi_old, low-variance curvature (Rothfuss et al., ICLR 2019); 'dice': all of the curvature (Foerster et al., ICML 2018); 'logprob': log pi
     clip: float = None, # PPO clipping of the ratio to 1 - clip .. 1 + clip; None: off
 ) -> Tensor: # loss to minimise, [M]: mean over the real steps of each task
     "The policy-gradient loss, the only one in the library. Raises ValueError for another kind, or a clipped log-probability."
     if kind not in SURROGATES: raise ValueError(f'kind={kind!r} is not one of {SURROGATES}')
     if clip is not None and kind != 'ratio': raise ValueError(f'clip={clip} needs a ratio, not kind={kind!r}; leave one of them out')
-    change = logp - logp_old.detach() if kind == 'ratio' else logp
+    change = logp if kind == 'logprob' else logp - logp_old.detach()
     change = change.masked_fill(~mask, 0)  # first of all, so that nothing after the end reaches the gradient, not even nan
-    weight = change.exp() if kind == 'ratio' else change
+    if kind == 'dice':  # a step weighs what its action adds to the ratio of the whole past
+        past = change.cumsum(-1)
+        weight = past.exp() - (past - change).exp()
+    else: weight = change.exp() if kind == 'ratio' else change
     gain = weight * advantage
     if clip is not None: gain = torch.minimum(gain, weight.clamp(1 - clip, 1 + clip) * advantage)
     return -masked_mean(gain, mask)

@@ -231,5 +231,5 @@ def test_errors_say_what_to_do():
     with pytest.raises(ValueError, match='leaves'): Rollout(policy, tasks, config).run(policy.get_params(), 5)
     with pytest.raises(ValueError, match='one step'): policy(torch.zeros(1, 2, 3, 2))
     x = torch.zeros(1, 1, 1)
-    with pytest.raises(ValueError, match='not one of'): policy_surrogate(x, x, x, x.bool(), kind='dice')
+    with pytest.raises(ValueError, match='not one of'): policy_surrogate(x, x, x, x.bool(), kind='vanilla')
     with pytest.raises(ValueError, match='needs a ratio'): policy_surrogate(x, x, x, x.bool(), kind='logprob', clip=.2)

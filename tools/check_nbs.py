@@ -7,7 +7,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 MAX_CELLS, MAX_BYTES = 90, 450_000
-NO_MODULE = {'index', '03a_policy_gradient', '08a_results', '09_train_eval_adapt'}
+NO_MODULE = {'index', '03a_policy_gradient', '03c_meta_gradient', '08a_results', '09_train_eval_adapt'}
 HAND_MADE = {'__init__.py', '__main__.py', '_modidx.py'}
 
 
