@@ -6,7 +6,8 @@
 __all__ = ['COLOURS', 'SERIES', 'REFERENCES', 'SIZE', 'draw_on', 'dress', 'legend_above', 'number', 'plot_spectrum',
            'plot_kernels', 'running_mean', 'spread', 'draw_references', 'plot_training', 'has_paths', 'draw_paths',
            'draw_ends', 'frame', 'map_panels', 'map_legend', 'plot_paths', 'plot_adaptation_paths', 'plot_rewards',
-           'plot_returns_by_step', 'plot_gain', 'plot_monitor', 'plot_drift', 'plot_entropy', 'plot_adaptation']
+           'plot_returns_by_step', 'plot_gain', 'plot_monitor', 'plot_drift', 'plot_entropy', 'plot_experiment',
+           'plot_adaptation']
 
 # %% ../nbs/07_plots.ipynb #070002
 import matplotlib.pyplot as plt
@@ -283,6 +284,23 @@ def plot_entropy(
     return plot_monitor(values, 'entropy (nats)', low, ax=ax)
 
 # %% ../nbs/07_plots.ipynb #070066
+def plot_experiment(
+    results: dict, # of `run_experiment`: 'table' with 'variant', 'iqm', 'iqm_ci95' and 'references', and 'published'
+    ax = None, # matplotlib axes; None: a new figure
+): # the axes
+    "Return after each step of adaptation, for each variant, beside published figures."
+    ax = draw_on(ax)
+    for i, row in enumerate(results['table']):
+        low, high = np.array(row['iqm_ci95']).T
+        steps = np.arange(len(row['iqm'])) + .06 * (i - 1)  # beside each other
+        ax.errorbar(steps, row['iqm'], [np.array(row['iqm']) - low, high - np.array(row['iqm'])], fmt='o-', color=f'C{i}', ms=4, lw=1.5, capsize=3, label=row['variant'])
+    for (source, values), mark in zip(results['published'].items(), ('k*', 'kx', 'k+')): ax.plot(range(len(values)), values, mark, ms=9, label=source)
+    ax.axhline(results['table'][0]['references']['nothing'], color='0.5', ls=':', label='do nothing')
+    ax.set_xticks(range(len(results['table'][0]['iqm'])))
+    ax.legend(frameon=False, fontsize=8, loc='lower right')
+    return dress(ax, f'{results["experiment"]}: {results["table"][0]["seeds"]} seeds', 'gradient steps', 'return, interquartile mean')
+
+# %% ../nbs/07_plots.ipynb #070069
 def plot_adaptation(
     result, # has returns_by_step [S+1, M], references (name -> [M]), before and after (Trajectories), tasks (list of M)
 ): # figure, 9 x 3 inches
