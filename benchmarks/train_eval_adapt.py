@@ -1,7 +1,6 @@
 """Train, evaluate and adapt with a built-in config on several seeds, through the command line; every figure of the README comes from here.
 
 python benchmarks/train_eval_adapt.py basic --outer-steps 100 --tasks-per-batch 8 --adapt-steps 5 --also-steps 10
-python benchmarks/train_eval_adapt.py nav2d --seeds 0 --episodes 200 --adapt-steps 3
 
 Results go to benchmarks/results/NAME.json after every seed. Seeds that stand there already, from the same commands and version, are not run again.
 """

@@ -551,10 +551,10 @@ def run_experiment(
     "Run what is not yet there, seed by seed, and gather all that is. Raises ValueError for an unknown experiment or variant."
     if name not in EXPERIMENTS: raise ValueError(f'experiment={name!r} is not one of {", ".join(map(repr, EXPERIMENTS))}')
     experiment = EXPERIMENTS[name] if episodes is None else replace(EXPERIMENTS[name], episodes=episodes, validation=min(episodes, EXPERIMENTS[name].validation))
-    rows, wanted = [], [(v, s) for s in seeds for v in (variants or experiment.variants)]
-    for variant, seed in wanted:
+    wanted, rows = {(v, s): experiment.variant(v, s, **meta) for s in seeds for v in (variants or experiment.variants)}, []
+    for (variant, seed), config in wanted.items():
         path = writable_folder(Path(folder) / 'rows') / f'{variant.replace(" ", "_")}_{seed}.json'
-        about = dict(version=__version__, config=asdict(experiment.variant(variant, seed, **meta)), episodes=experiment.episodes)
+        about = dict(version=__version__, config=asdict(config), episodes=experiment.episodes)
         row = json.loads(path.read_text()) if path.exists() else {}
         if {k: row.get(k) for k in about} != json.loads(json.dumps(about)):
             if progress: print(f'{name}: {variant}, seed {seed}', file=sys.stderr)

@@ -81,6 +81,20 @@ def test_resume_after_a_stop(trained, tmp_path):
         for k in set(whole.files) - {'header'}: assert whole[k].tobytes() == parts[k].tobytes(), k
 
 
+def test_an_experiment_in_small(tmp_path):
+    words = ['experiment', 'nav2d', '--variants', 'SSM', '--outer-steps', 2, '--episodes', 4, '--out', tmp_path]
+    first = answer(*words, '--seeds', 1, '--first-seed', 1)
+    both = answer(*words, '--seeds', 2)  # the second seed is there already
+    results = json.loads((tmp_path / 'nav2d' / 'results.json').read_text())
+    rows = [json.loads((tmp_path / 'nav2d' / 'rows' / f'SSM_{seed}.json').read_text()) for seed in (0, 1)]
+    assert len(first['SSM']) == len(both['SSM']) == 4 and results['table'][0]['seeds'] == 2 and results['table'][0]['iqm'] == both['SSM']
+    returns = np.array([row['returns_by_step'] for row in rows])  # [2, 4, 4]
+    np.testing.assert_allclose(both['SSM'], [np.mean(np.sort(returns[:, k].ravel())[2:6]) for k in range(4)], atol=2e-3)  # the middle half of eight
+    assert results['published']['MAML (Finn et al. 2017)'] == [-40.41, -11.68, -3.33, -3.23]
+    assert all(row['summary']['hurt_rate'] >= 0 and row['config']['seed'] == seed for seed, row in enumerate(rows))
+    assert (tmp_path / 'nav2d' / 'results.png').stat().st_size > 10_000
+
+
 def bad_files(folder, checkpoint):
     content = checkpoint.read_bytes()
     (folder / 'short.npz').write_bytes(content[:len(content) // 2]), (folder / 'text.npz').write_text('hello'), (folder / 'file').write_text('')
@@ -117,6 +131,10 @@ def bad_files(folder, checkpoint):
     ('train --policy.init-log-std nan', 2, 'not both finite'),
     ('train --outer-steps many', 2, '--outer-steps'),
     ('eval --checkpoint {f}', 1, 'cannot be read'),
+    ('experiment nav3d --out {f}', 2, "experiment='nav3d' is not one of 'nav2d'"),
+    ('experiment nav2d --out {f}/x --variants LSTM', 2, "variant='LSTM' is not one of 'SSM', 'no memory', 'GRU'"),
+    ('experiment nav2d --out {f} --seeds 0', 2, 'seeds=0 is not a positive number'),
+    ('experiment nav2d --out {f}/file/x', 1, 'is not a folder that can be written to'),
     ('eval', 2, '--checkpoint'),
     ('trian', 2, 'trian'),
     ('', 2, 'train')])
