@@ -29,9 +29,14 @@ POLICIES = {'random': random_arm, 'UCB1': ucb1(), 'UCB1 with prior': ucb1(.2, pr
 def error(x): return x.std() / len(x)**.5
 
 
-def assert_agrees(x, exact, other=0.):
-    "A sample mean within three standard errors of a number, which itself has the standard error `other`."
-    assert abs(x.mean() - exact) < 3 * np.hypot(error(x), other), f'{x.mean():.4f} ± {error(x):.4f} is not {exact} ± {other}'
+def assert_agrees(x, exact):
+    "A sample mean within four standard errors of a number that is known exactly."
+    assert abs(x.mean() - exact) < 4 * error(x), f'{x.mean():.4f} ± {error(x):.4f} is not {exact}'
+
+
+def assert_matches(x, figure, spread):
+    "A sample mean within three combined standard errors of somebody else's figure, whose own standard error is `spread`."
+    assert abs(x.mean() - figure) < 3 * np.hypot(error(x), spread), f'{x.mean():.4f} ± {error(x):.4f} is not {figure} ± {spread}'
 
 
 # The environments.
@@ -98,6 +103,7 @@ def test_independent_bandits_and_mdps_have_no_other_distribution():
 
 
 @pytest.mark.parametrize('options, message', [({'arms': 1}, 'arms=1 is not an integer >= 2'), ({'arms': 2.5}, 'arms=2.5'), ({'dependent': True}, 'got arms=5, set arms=2'),
+                                              ({'arms': 2, 'dependent': 'no'}, "dependent='no' is neither True nor False"),
                                               ({'arm': 3}, 'arms, dependent')])
 def test_impossible_bandits(options, message):
     with pytest.raises(ValueError, match=message): EnvConfig(BANDIT, options=options)
@@ -105,7 +111,7 @@ def test_impossible_bandits(options, message):
 
 @pytest.mark.parametrize('size', ['states', 'actions', 'horizon'])
 def test_impossible_mdps(size):
-    for value in (0, -1, 1.5):
+    for value in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match=f'{size}={value}'): EnvConfig(MDP, options={size: value})
 
 
@@ -117,6 +123,65 @@ def test_tasks_that_are_none_are_named():
     with pytest.raises(ValueError, match=r'tasks \[1\] break a rule .* sum 1'): EnvBatch(EnvConfig(MDP, 3), tasks)
     tasks[1]['transition'][2, 3] = [2, -1, *[0] * 8]
     with pytest.raises(ValueError, match=r'tasks \[1\] break a rule .* none negative'): EnvBatch(EnvConfig(MDP, 3), tasks)
+    for chance in (1.5, -.1, float('nan')):
+        with pytest.raises(ValueError, match=r'tasks \[0\] break a rule .* chances lie between 0 and 1'): play_bandit(thompson, np.array([[.5, chance], [.5, .5]]), 3)
+
+
+def test_only_an_mdp_is_in_the_distribution_of_mdps():
+    family, config = TabularMDP(4, 2), EnvConfig(MDP, options={'states': 4, 'actions': 2})
+    for split in ('train', 'validation', 'held_out'):
+        for task in sample_tasks(config, 3, split): assert family.in_distribution(task)
+    m, P = task['mean_reward'], task['transition']
+    for bad in ({'transition': P * 1.01}, {'transition': np.stack([P[..., 0] + 2, P[..., 1] - 2, P[..., 2], P[..., 3]], -1)}, {'transition': P * np.nan}, {'transition': P[0]}, {'mean_reward': m[:3]}, {'mean_reward': m * np.inf}):
+        assert not family.in_distribution(task | bad) and config.tasks.split_of(task | bad) == 'out of distribution'
+    assert not TabularMDP(5, 2).in_distribution(task)
+
+
+def test_counts_must_be_positive_integers():
+    for n, k in ((-1, 2), (0, 2), (2.5, 2), (2, 0), (2, 1.5)):
+        with pytest.raises(ValueError, match='is not a positive integer'): bayes_optimal_value(n, k)
+    for n in (-1, 0, 2.5):
+        with pytest.raises(ValueError, match=f'n={n} is not a positive integer'): dependent_regret(n)
+
+
+def test_plans_need_episodes_that_stay_where_they_end():
+    config = EnvConfig(MDP, 4, options={'horizon': 3})
+    same_step, plan = EnvBatch(config, autoreset_mode=AutoresetMode.SAME_STEP), np.zeros((4, 6, 10), int)
+    with pytest.raises(ValueError, match='SAME_STEP would show'): play_plan(same_step, plan[:, :3])
+    with pytest.raises(ValueError, match='SAME_STEP would show'): psrl(same_step, 2)
+    with pytest.raises(ValueError, match='the plan has 6 steps, but an episode is over after 3'): play_plan(EnvBatch(config), plan)
+    for steps in (1, 2, 3):
+        states, actions, rewards = play_plan(EnvBatch(config), plan[:, :steps])
+        assert states.shape == (4, steps + 1) and actions.shape == rewards.shape == (4, steps) and (rewards != 0).all()
+
+
+@pytest.mark.parametrize('c', [0, 1e-12, .1, 1, 100])
+def test_ucb1_pulls_each_arm_once_first(c):
+    chance = stream(0, 'test').random((50, 6))
+    assert (np.sort(play_bandit(ucb1(c), chance, 6), 1) == np.arange(6)).all()
+    best = play_bandit(ucb1(0), np.tile([0., 1, 0], (5, 1)), 9)
+    assert (best[:, 3:] == 1).all()
+
+
+@pytest.mark.parametrize('w, l', [((1, 0), (0, 0)), ((0, 0), (0, 3)), ((5, 2), (1, 3)), ((2, 4), (6, 0))])
+def test_thompson_pulls_an_arm_as_often_as_it_is_the_best(w, l):
+    "P(x > y) for Beta distributions with integer parameters: a sum of Beta functions, here in exact fractions."
+    (a, c), (b, d) = (np.add(x, 1).tolist() for x in (w, l))  # x ~ Beta(a, b), y ~ Beta(c, d)
+    B = lambda p, q: Fraction(factorial(p - 1) * factorial(q - 1), factorial(p + q - 1))
+    exact = sum(B(a + i, b + d + c - 1 - i) * Fraction(factorial(c + d - 1), factorial(i) * factorial(c + d - 1 - i)) for i in range(c, c + d)) / B(a, b)
+    n = 100_000
+    assert_agrees(thompson(np.tile(w, (n, 1)), np.tile(l, (n, 1)), 9, stream(0, 'test')) == 0, float(exact))
+
+
+def test_a_sampled_mdp_has_the_moments_of_the_posterior():
+    "Of Dirichlet(1 + c) and N((1 + paid) / (1 + n), 1 / (1 + n))."
+    many, seen = 20_000, np.array([3., 0, 1])
+    m, P = sample_mdp(np.tile(seen, (many, 1, 1, 1)), np.full((many, 1, 1), 9.), stream(0, 'test'))
+    assert_agrees(m[:, 0, 0], 10 / 5)
+    assert_agrees((m[:, 0, 0] - 2)**2, 1 / 5)
+    for i, c in enumerate(seen + 1):
+        assert_agrees(P[:, 0, 0, i], c / 7)
+        assert_agrees((P[:, 0, 0, i] - c / 7)**2, c * (7 - c) / (7**2 * 8))
 
 
 def test_rewards_and_transitions_are_those_of_held_out_tasks():
@@ -175,12 +240,12 @@ def test_bayes_optimal_regrets_of_dependent_arms():
     games = stream(0, 'test').random(20_000)
     loss = regret(np.stack([games, 1 - games], 1), play_bandit(greedy_dependent, np.stack([games, 1 - games], 1), 30))[:, -1]
     assert_agrees(loss, dependent_regret(30))
-    assert_agrees(loss, .929, error(loss))  # SECOND, of 20 000 simulated tasks
+    assert_matches(loss, .929, error(loss))  # SECOND, of 20 000 simulated tasks
     for p, second in ((None, 1.22), ([.1, .9], .62), ([.25, .75], 1.00)): assert dependent_regret(100, p) == pytest.approx(second, abs=.0051)
     hard = np.tile([[.4, .6], [.6, .4]], (10_000, 1))
     loss = regret(hard, play_bandit(greedy_dependent, hard, 100))[:, -1]
     assert_agrees(loss, dependent_regret(100, [.4, .6]))
-    assert_agrees(loss, 2.30, error(loss))  # SECOND
+    assert_matches(loss, 2.30, error(loss))  # SECOND
 
 
 @pytest.mark.parametrize('w, l', [(0, 0), (1, 0), (0, 1), (2, 3)])
@@ -269,30 +334,30 @@ def test_bandits_of_duan(n, k):
     total = lambda policy: total_reward(chance, play_bandit(policy, chance, n))
     tuned = max((total(ucb1(c, prior=1)) for c in (.1, .2, .3, .5, .7, 1, 1.4, 2)), key=np.mean)
     *seconds, spread = SECOND[n, k]
-    for ours, theirs in zip((tuned, total(thompson), total(index_policy(n))), seconds): assert_agrees(ours, theirs, spread)
+    for ours, theirs in zip((tuned, total(thompson), total(index_policy(n))), seconds): assert_matches(ours, theirs, spread)
     assert_agrees(total(random_arm), n / 2)
 
 
 @pytest.mark.parametrize('tasks, printed', [('dependent', (7.53, 2.89, 1.85, 1.50)), ('independent', (5.01, 2.47, 1.72, 1.67)), ('both-good', (2.49, 1.72, 1.25, 1.24))])
-def test_thirty_pulls_of_two_arms(tasks, printed):  # by a textbook, on 20 000 tasks
+def test_thirty_pulls_of_two_arms(tasks, printed):  # by a public textbook chapter, on 20 000 tasks
     u = stream(1, 'test').random((20_000, 2))
     chance = {'dependent': np.stack([u[:, 0], 1 - u[:, 0]], 1), 'independent': u, 'both-good': .5 + u / 2}[tasks]
     for policy, theirs in zip((random_arm, ucb1(), thompson, thompson_dependent), printed):
         loss = regret(chance, play_bandit(policy, chance, 30))[:, -1]
-        assert_agrees(loss, theirs, error(loss))
+        assert_matches(loss, theirs, error(loss))
 
 
 def test_hundred_pulls_of_two_arms():  # SECOND
     chance = stream(1, 'test').random((20_000, 2))
     for policy, theirs in ((random_arm, 16.62), (ucb1(), 5.61), (thompson, 2.79), (index_policy(100), 1.74)):
         loss = regret(chance, play_bandit(policy, chance, 100))[:, -1]
-        assert_agrees(loss, theirs, error(loss))
+        assert_matches(loss, theirs, error(loss))
 
 
 def test_optimum_of_random_mdps():  # SECOND, of 20 000
     rng, N = stream(1, 'test'), 10_000
     values, _ = backward_induction(rng.normal(1, 1, (N, 10, 5)), rng.dirichlet(np.ones(10), (N, 10, 5)), 10)
-    assert_agrees(values[:, 0, 0], 21.83, .02)
+    assert_matches(values[:, 0, 0], 21.83, .02)
 
 
 def test_psrl_of_duan():
@@ -302,8 +367,8 @@ def test_psrl_of_duan():
     published = {10: 138.1, 25: 408.8, 50: 904.4, 75: 1417.1, 100: 1939.5}
     for n, (theirs, spread) in second.items():
         total, other = returns[:, :n].sum(1), pessimist[:, :n].sum(1)
-        assert_agrees(total, theirs, spread or error(total))
-        assert_agrees(other, published[n], error(other))  # the published one, with a prior mean of 0
+        assert_matches(total, theirs, spread or error(total))
+        assert_matches(other, published[n], error(other))  # the published one, with a prior mean of 0
     env = mdps()
     plans = stream(1, 'plans').integers(5, size=(10, 1000, 10, 10))
     assert_agrees(sum(play_plan(env, plan)[2].sum(1) for plan in plans), 100)  # at random, 1 for each step

@@ -7,9 +7,10 @@ import torch
 from gymnasium import spaces
 
 from ssm_metarl.envs import FAMILIES, EnvConfig, Family, register_family, sample_tasks
-from ssm_metarl.maml import MetaConfig, MetaLearner, MetaMAML, inner_step, require_finite, stack
-from ssm_metarl.policy import PolicyConfig, SSMMetaPolicy
-from ssm_metarl.rollout import advantages, collect
+from ssm_metarl.inner_loop import stack
+from ssm_metarl.maml import MetaConfig, MetaLearner, MetaMAML, inner_step
+from ssm_metarl.policy import PolicyConfig, SSMMetaPolicy, action_log_prob, kl_divergence
+from ssm_metarl.rollout import advantages, collect, masked_mean, policy_inputs, policy_surrogate, require_finite
 
 M, K, T = 3, 4, 10
 
@@ -189,12 +190,12 @@ def poison_inner_step(learner, monkeypatch):
 
 def fail_in_third_epoch(error):
     def accident(learner, monkeypatch):
-        descend, calls = learner.descend, []
+        update, calls = learner.update, []
         def fails(*args):
             calls.append(1)
             if len(calls) == 3: raise error('stop')
-            return descend(*args)
-        monkeypatch.setattr(learner, 'descend', fails)
+            return update(*args)
+        monkeypatch.setattr(learner, 'update', fails)
         return error, 'stop'
     return accident
 
@@ -239,7 +240,7 @@ def test_descend_clips_the_policy_and_the_value_head_separately():
 
 @pytest.mark.parametrize('field, values', [
     ('outer_steps', (0, -1, 1.5)), ('tasks_per_batch', (0,)), ('inner_steps', (0,)), ('outer_epochs', (0,)), ('inner_lr', (0., -1., np.nan, np.inf)), ('outer_lr', (0., np.inf)),
-    ('clip', (0.,)), ('max_grad_norm', (-1.,)), ('gamma', (-.1, 1.1, np.nan)), ('gae_lambda', (2.,)), ('entropy_coef', (-1., np.nan)), ('surrogate', ('dice', ''))])
+    ('clip', (0.,)), ('max_grad_norm', (-1.,)), ('gamma', (-.1, 1.1, np.nan)), ('gae_lambda', (2.,)), ('entropy_coef', (-1., np.nan)), ('surrogate', ('vanilla', '')), ('outer', ('sgd',)), ('inner_kl', (-1.,)), ('max_kl', (0.,)), ('tasks_per_chunk', (-1, .5))])
 def test_config_refuses_nonsense(field, values):
     for value in values:
         with pytest.raises(ValueError, match=f'^{field}=.* is not .*; the default is'): MetaConfig(**{field: value})
@@ -253,3 +254,79 @@ def test_a_learner_of_your_own_needs_outer_step_only():
     traj = collect(learner.policy, learner.params, tasks_of(learner), learner.env)
     expected = inner_step(learner.policy, {k: v.detach().clone().requires_grad_() for k, v in stack(learner.params, M).items()}, traj, learner.config)
     for k, v in learner.adapt(learner.params, traj).items(): torch.testing.assert_close(v, expected[k].detach(), atol=1e-12, rtol=0)
+
+
+# Chunks, trust region, penalty.
+
+@pytest.mark.parametrize('case', [dict(), dict(name='MamlTestCorridor-v0', history=True), dict(surrogate='dice', inner_steps=2), dict(inner_kl=1., entropy_coef=.01), dict(first_order=True)], ids=str)
+def test_chunks_change_nothing(case):
+    whole = make(**case)
+    metrics = whole.outer_step(tasks_of(whole))
+    for size in (1, 2, 3, 7):
+        parts = make(**case, tasks_per_chunk=size)
+        assert parts.outer_step(tasks_of(parts)) == pytest.approx(metrics, rel=1e-9, abs=1e-9)
+        for k in whole.params: torch.testing.assert_close(parts.params[k], whole.params[k], rtol=1e-9, atol=1e-11)
+
+
+def test_a_chunk_names_the_tasks_by_their_index_in_the_batch():
+    learner = make(tasks_per_chunk=1)
+    support, query, advantage = trajectories(learner)
+    advantage[2] = torch.nan
+    before = learner.state_dict()
+    with pytest.raises(FloatingPointError, match=r'losses of tasks \[2\] are not finite'):
+        with learner.all_or_nothing(): learner.outer_epoch(support, query, advantage)
+    assert_same(before, learner.state_dict())
+
+
+def test_dice_equals_the_ratio_over_one_step():
+    "Where there is no past, both have all of the curvature."
+    grads = {}
+    for kind in ('ratio', 'dice', 'logprob'):
+        learner = make(surrogate=kind)
+        support, query, advantage = trajectories(learner)
+        short = lambda t: type(t)(**{k: v[:, :, :1] for k, v in vars(t).items()})
+        grads[kind] = gradient(learner, [(short(t), a[:, :, :1]) for t, a in support], query, advantage)
+    torch.testing.assert_close(grads['dice'], grads['ratio'], rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(grads['logprob'], grads['ratio'], rtol=1e-3)
+
+
+@pytest.mark.parametrize('name', ['MetaGymToy-v0', 'MamlTestCorridor-v0'])
+def test_a_trust_region_step_is_a_natural_gradient_step(name):
+    "Direction against the Hessian of the divergence written out, and length against delta."
+    delta = 1e-4  # so short that the quadratic form is exact
+    learner = make(name, outer='trpo', max_kl=delta, inner_lr=.1)
+    names = [k for k in learner.params if not k.startswith('value.')]
+    start = {k: v.detach().clone() for k, v in learner.params.items()}
+    support, query, advantage = trajectories(learner)
+    unflatten = lambda flat: dict(zip(names, (x.view_as(start[k]) for x, k in zip(flat.split([start[k].numel() for k in names]), names))))
+    flat = torch.cat([start[k].flatten() for k in names])
+    act = lambda params: learner.policy.functional(params, policy_inputs(learner.policy, query), reset=query.memory_reset)
+    before = {k: v.detach() for k, v in act(learner.adapted({k: v.requires_grad_() for k, v in start.items()}, support)[0]).items()}
+    def divergence(flat): return masked_mean(kl_divergence(before, act(learner.adapted(start | unflatten(flat), support)[0])), query.mask).mean()
+    def loss(flat): return policy_surrogate(action_log_prob(act(learner.adapted(start | unflatten(flat), support)[0]), query.action), query.logp, advantage, query.mask).mean()
+    flat.requires_grad_()
+    g, = torch.autograd.grad(loss(flat), flat)
+    F = torch.autograd.functional.hessian(divergence, flat) + 1e-5 * torch.eye(len(flat), dtype=flat.dtype)
+    metrics = learner.outer_step(tasks_of(learner))
+    step = torch.cat([(learner.params[k].detach() - start[k].detach()).flatten() for k in names])
+    natural = -torch.linalg.solve(F, g)
+    size = lambda x: (x @ F @ x).sqrt()
+    fall = lambda x: -(g @ x / (size(x) * size(natural))).item()  # per nat, as a share of the best
+    assert fall(step) > max(.6, 1.2 * fall(-g))  # ten conjugate gradients are most of the way, and steeper than the gradient
+    assert g @ step < 0 and .2 * delta < metrics['kl'] <= delta
+
+
+def test_the_outer_rate_decays_to_nothing():
+    learner = make(outer_lr_decay=True, outer_steps=2, outer_epochs=1)
+    for left in (1., .5):
+        learner.outer_step(tasks_of(learner))
+        assert learner.optimizer.param_groups[0]['lr'] == pytest.approx(left * learner.config.outer_lr)
+
+
+def test_the_penalty_is_nothing_in_the_first_epoch():
+    learner, tied = make(), make(inner_kl=3.)
+    torch.testing.assert_close(gradient(learner, *trajectories(learner)), gradient(tied, *trajectories(tied)), rtol=1e-9, atol=1e-12)
+    with torch.no_grad():
+        for v in tied.params.values(): v += .05
+    data = trajectories(make())
+    assert tied.adapted(tied.params, data[0])[1].min() > 0
