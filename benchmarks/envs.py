@@ -55,7 +55,7 @@ def loop(make, N): return SyncVectorEnv([make] * N, autoreset_mode=AutoresetMode
 
 
 def cases():
-    "Rows (label, family, time limit, N, peer's name, function that makes the peer)."
+    "Rows (label, family, time limit, N, peer's name, function that makes the peer); label, N and peer are the name of a row."
     for N in (64, 512): yield 'CartPole', 'MetaCartPole-v0', 500, N, 'SyncVectorEnv', lambda N: loop(lambda: gym.make('CartPole-v1'), N)
     for N in (64, 512, 4096): yield 'CartPole', 'MetaCartPole-v0', 500, N, 'CartPoleVectorEnv', lambda N: gym.make_vec('CartPole-v1', N, vectorization_mode='vector_entry_point')
     for N in (64, 512): yield 'Pendulum', 'MetaPendulum-v0', 200, N, 'SyncVectorEnv', lambda N: loop(lambda: gym.make('Pendulum-v1'), N)
@@ -93,11 +93,11 @@ def main():
     args = parser.parse_args()
     rows = []
     for label, family, limit, N, peer, make in cases():
-        name = f'{label} N={N}'
+        name = f'{label} N={N}, {peer}'
         if args.words and not any(word in name for word in args.words): continue
         ratio, ms = compare(family, limit, N, make, args.repeats, args.steps)
         rows.append(dict(name=name, ratio=round(ratio, 5), peer=peer, ms=round(ms, 4)))
-        print(f'{name:24} {ratio:8.4f} of {peer:18} {1 / ratio:6.1f} times as fast, {ms:7.4f} ms, {N / ms / 1e3:6.2f} million steps/s', flush=True)
+        print(f'{name:40} {ratio:8.4f} of its time, {1 / ratio:6.1f} times as fast, {ms:7.4f} ms, {N / ms / 1e3:6.2f} million steps/s', flush=True)
     if args.json:
         with open(args.json, 'w') as file: json.dump(dict(rows=rows), file, indent=1)
 

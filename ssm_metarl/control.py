@@ -10,13 +10,14 @@ import numpy as np
 from gymnasium import spaces
 from scipy.special import ndtri
 
-from .envs import Family, register_family
+from .envs import Family, check_rows, register_family
 
 # %% ../nbs/02c_control.ipynb #02c0013
 class Mechanism(Family):
     "A machine whose physics, wiring and sensors differ from task to task. A subclass says how it starts, moves and looks: arrays there have one row per variable, one column per environment."
     physics: dict = {} # task field -> (Gymnasium's value, lowest, highest)
     motor: str = '' # the field of `physics` that is negative where the motor is wired the wrong way
+    smallest, largest = 0.001, 1000 # that a number of the physics may be; the latter also for errors of sensors
     dt: np.ndarray = np.array(0.02, np.float32) # seconds per step; arrays without dimensions are the constants that NumPy is quickest with
 
     def __init__(self,
@@ -24,7 +25,8 @@ class Mechanism(Family):
                  sensor_bias: float = 0., # largest constant error of a sensor
                  sensor_noise: float = 0.): # standard deviation of the error that is new in every step
         for name, size in (('sensor_bias', sensor_bias), ('sensor_noise', sensor_noise)):
-            if not 0 <= size < np.inf: raise ValueError(f'{name}={size} is not a finite number >= 0')
+            if not 0 <= size <= self.largest: raise ValueError(f'{name}={size} is not a number from 0 to {self.largest}')
+        if not isinstance(reversible, bool): raise ValueError(f'reversible={reversible!r} is neither True nor False')
         sensors = self.observation_space.shape[0]
         self.reversible, self.sensor_noise, self.step_noise = reversible, float(sensor_noise), sensors if sensor_noise else 0
         self.reset_noise = type(self).reset_noise + self.step_noise
@@ -38,6 +40,16 @@ class Mechanism(Family):
     def draw_ood_task(self, split, rng): return self._wire(super().draw_ood_task(split, rng), rng)
     def _wire(self, task, rng): return task | {self.motor: task[self.motor] * np.float32(1 - 2 * rng.integers(2))} if self.reversible else task
     def in_distribution(self, task): return super().in_distribution(task | {self.motor: np.abs(task[self.motor])} if self.reversible else task)
+
+    def check_physics(self,
+                      tasks: dict, # field -> [N, ...]
+                      *may_vanish: str, # fields that may also be 0
+                     ) -> None:
+        "Raises ValueError that names the tasks with a number that no machine has; the motor may have either sign."
+        for name in self.physics:
+            low, size, what = 0 if name in may_vanish else self.smallest, tasks[name], name
+            if name == self.motor: size, what = abs(size), f'the size of {name}'
+            check_rows((low <= size) & (size <= self.largest), f'{what} is from {low} to {self.largest}')
 
     def reset(self, tasks, noise):
         size = type(self).reset_noise
@@ -81,9 +93,10 @@ class CartPole(Mechanism):
     ood_splits = {'long-pole': {'length': (1, 2)}, 'strong-gravity': {'gravity': (13, 20)}, 'sticky-track': {'friction': (0.5, 3)}}
     motor = 'force'
     farthest, steepest, half, tenth = (np.array(x, np.float32) for x in (2.4, 12 * np.pi / 180, 0.5, 10))
-    haste = 2. # how fast the oracle gets things right, per second
+    haste = 2. # p: how fast the oracle gets things right, in 1/s
 
     def prepare(self, tasks):
+        self.check_physics(tasks, 'force', 'friction')
         mass = tasks['cart_mass'] + tasks['pole_mass']
         thrust = tasks['force'] / mass
         return tasks | {'thrust': thrust, 'span': 2 * thrust, 'drag': tasks['friction'] / mass, 'mu': tasks['pole_mass'] * tasks['length'] / mass, 'k': 4 / 3 * tasks['length'], 'reward': np.ones_like(mass)}
@@ -120,7 +133,7 @@ class CartPole(Mechanism):
         (x, v, theta, omega), p = variables[:4], self.haste
         return p**3 * (x + k * theta) + 3 * p**2 * (v + k * omega) + 3 * p * g * theta + g * omega
 
-# %% ../nbs/02c_control.ipynb #02c0047
+# %% ../nbs/02c_control.ipynb #02c0048
 @register_family('MetaPendulum-v0')
 class Pendulum(Mechanism):
     "Swing up a rod and hold it, as in Gymnasium's Pendulum-v1: see (cos theta, sin theta, omega), choose a torque, pay for angle, velocity and torque."
@@ -131,6 +144,7 @@ class Pendulum(Mechanism):
     dt = np.array(0.05, np.float32)
 
     def prepare(self, tasks):
+        self.check_physics(tasks, 'friction')
         mobility = 3 / (tasks['mass'] * tasks['length']**2)  # 1 / moment of inertia
         return tasks | {'mobility': mobility, 'pull': 1.5 * tasks['gravity'] / tasks['length'], 'drive': tasks['gain'] * mobility, 'drag': tasks['friction'] * mobility}
 
@@ -138,7 +152,7 @@ class Pendulum(Mechanism):
     def look(self, variables): return np.array([np.cos(variables[0]), np.sin(variables[0]), variables[1]])
     def move(self, variables, action, tasks):
         theta, omega = variables[:2]
-        u = np.minimum(np.maximum(action[:, 0], -2), 2).astype(theta.dtype)
+        u = np.minimum(np.maximum(action[:, 0], -2.), 2.).astype(theta.dtype)  # float bounds: -2 would not fit into unsigned integers
         cost = theta * theta + 0.1 * omega * omega + 0.001 * u * u
         u *= tasks['drive']
         u += tasks['pull'] * np.sin(theta)
