@@ -322,11 +322,12 @@ def evaluate(
     seed: int = None, # of tasks and noise; None: the checkpoint's
     deterministic: bool = False, # most likely actions instead of samples
     device: str = 'cpu', # where to compute
+    split: str = None, # of the tasks, see `TaskDistribution`; None: that for tests
 ) -> dict: # mean_return, std_return, episodes, random_return, nothing_return, oracle_return
     "Return without adaptation on tasks that no training can have seen."
     check_episodes(episodes)
     policy, params, config = load_policy(checkpoint, config, seed, device)
-    tasks = sample_tasks(config.env, episodes, config.env.tasks.test_split)
+    tasks = sample_tasks(config.env, episodes, split or config.env.tasks.test_split)
     returns = evaluate_returns(policy, stack(params, episodes), tasks, config.env, deterministic)
     return dict(mean_return=float(returns.mean()), std_return=float(returns.std()), episodes=episodes) | reference_row(reference_returns(tasks, config.env))
 
@@ -461,7 +462,7 @@ def evaluate_with_adaptation(
     deterministic: bool = False, # most likely actions in the evaluated episodes
     device: str = 'cpu', # where to compute
     progress: bool = False, # show a bar on stderr
-    split: str = None, # of the tasks; None: that for tests
+    split: str = None, # of the tasks, see `TaskDistribution`; None: that for tests
     **changes, # other fields of AdaptConfig, such as lr or strategy
 ) -> AdaptationResult: # `.summary()` gives plain numbers
     "Return before and after adaptation, on the very tasks and noise that `evaluate` uses."
@@ -605,12 +606,13 @@ class Eval:
     config: Annotated[str | None, TEXT] = None # experiment to evaluate in; default: the checkpoint's own
     episodes: int = 20 # held-out tasks, one evaluation episode each
     seed: Annotated[int | None, INTEGER] = None # of tasks and noise; default: the checkpoint's
+    split: Annotated[str | None, TEXT] = None # tasks: held_out, or an out-of-distribution split of the family, such as far; default: held_out
     deterministic: bool = False # most likely actions instead of samples
     device: str = 'cpu' # where to compute: cpu, cuda, ...
 
     def run(self) -> dict:
         config = None if self.config is None else load_config(self.config)
-        return evaluate(self.checkpoint, config, self.episodes, self.seed, self.deterministic, self.device)
+        return evaluate(self.checkpoint, config, self.episodes, self.seed, self.deterministic, self.device, self.split)
 
 
 @dataclass(frozen=True)
@@ -625,6 +627,7 @@ class Adapt:
     optimizer: Annotated[str | None, TEXT] = None # sgd, adam, ...; default: the config's
     strategy: Annotated[str | None, TEXT] = None # registered adaptation strategy; default: the config's
     seed: Annotated[int | None, INTEGER] = None # of tasks and noise; default: the checkpoint's
+    split: Annotated[str | None, TEXT] = None # tasks: held_out, or an out-of-distribution split of the family, such as far; default: held_out
     deterministic: bool = False # most likely actions instead of samples
     figure: Annotated[Path | None, FILE] = None # .png, .pdf or .svg file for a picture of what adaptation did
     device: str = 'cpu' # where to compute: cpu, cuda, ...
@@ -634,7 +637,7 @@ class Adapt:
         changes = {k: v for k in ('lr', 'optimizer', 'strategy') if (v := getattr(self, k)) is not None}
         if self.figure is not None: check_figure(self.figure)
         result = evaluate_with_adaptation(self.checkpoint, config, self.episodes, self.adapt_steps, self.online or None, self.seed,
-                                          self.deterministic, self.device, progress=True, **changes)
+                                          self.deterministic, self.device, progress=True, split=self.split, **changes)
         if self.figure is not None: plot_adaptation(result).savefig(self.figure, dpi=150)
         return result.summary()
 

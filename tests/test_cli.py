@@ -62,6 +62,13 @@ def test_eval_and_adapt_play_the_same_episodes(trained, tmp_path):
     assert other['mean_return'] != before['mean_return'] and answer('eval', '--checkpoint', checkpoint, '--episodes', 7) == before
 
 
+def test_out_of_distribution(trained):
+    checkpoint = trained[0] / 'latest.npz'
+    usual, far = (answer('eval', '--checkpoint', checkpoint, '--episodes', 20, *words) for words in ((), ('--split', 'far')))
+    assert far['nothing_return'] < usual['nothing_return'] - 2 and far['mean_return'] < usual['mean_return']  # the goals are farther away
+    assert answer('adapt', '--checkpoint', checkpoint, '--episodes', 20, '--split', 'far', '--adapt-steps', 1)['pre_return'] == far['mean_return']
+
+
 def test_interrupted_and_resumed(trained, tmp_path):
     words = ['train', '--seed', 3, '--tasks-per-batch', 2, '--num-envs', 3, '--time-limit', 12, '--ckpt-dir', tmp_path, '--outer-steps', 11]
     process = subprocess.Popen([*PROGRAMS[0], *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
@@ -135,6 +142,7 @@ def bad_files(folder, checkpoint):
     ('experiment nav2d --out {f}/x --variants LSTM', 2, "variant='LSTM' is not one of 'SSM', 'no memory', 'GRU'"),
     ('experiment nav2d --out {f} --seeds 0', 2, 'seeds=0 is not a positive number'),
     ('experiment nav2d --out {f}/file/x', 1, 'is not a folder that can be written to'),
+    ('eval --checkpoint {c} --split nowhere', 2, "split='nowhere' is not one of 'train', 'validation', 'held_out', 'far'"),
     ('eval', 2, '--checkpoint'),
     ('trian', 2, 'trian'),
     ('', 2, 'train')])
