@@ -44,7 +44,7 @@ class MetaConfig:
     outer_epochs: int = 3 # Adam steps on each batch of trajectories
     clip: float = 0.2 # range of the outer ratio (PPO)
     inner_kl: float = 0.0 # penalty on how far the policies that collected support trajectories move during the epochs (ProMP's eta)
-    max_kl: float = 0.01 # radius of the trust region (TRPO), in nats
+    max_kl: float = 0.01 # radius of the trust region (TRPO), in nats; clip and outer_epochs are for PPO
     entropy_coef: float = 0.0 # bonus for a wide action distribution
     max_grad_norm: float = 1.0 # clipping of the meta-gradient
     tasks_per_chunk: int = 0 # how many tasks are differentiated at once, to save memory; 0: all
@@ -61,6 +61,7 @@ class MetaConfig:
         require(lambda v: isinstance(v, int) and v >= 0, 'an integer of at least 0', 'tasks_per_chunk')
         require(lambda v: v in OUTER, f'one of {OUTER}', 'outer')
         require(lambda v: v in SURROGATES, f'one of {SURROGATES}', 'surrogate')
+        if self.outer == 'trpo' and (self.tasks_per_chunk or self.inner_kl): raise ValueError(f"outer='trpo' takes all tasks at once and has a region instead of a penalty; tasks_per_chunk={self.tasks_per_chunk} and inner_kl={self.inner_kl} must be 0")
 
 # %% ../nbs/04_maml.ipynb #040008
 def support_logp(
@@ -211,7 +212,7 @@ def conjugate_gradient(
     x, residual = torch.zeros_like(g), g.clone()
     direction, size = residual.clone(), residual @ residual
     for _ in range(steps):
-        if size < 1e-20 * (g @ g): break
+        if size <= 1e-20 * (g @ g): break
         image = product(direction)
         length = size / (direction @ image)
         x, residual = x + length * direction, residual - length * image
@@ -271,7 +272,8 @@ class MetaMAML(MetaLearner):
         moved = support[0][1].new_zeros(len(support[0][1]))
         for traj, advantage in support:
             logp = support_logp(self.policy, params, traj)
-            if config.inner_kl: moved = moved + masked_mean((logp - traj.logp).exp() - 1 - (logp - traj.logp), traj.mask) / len(support)  # an estimate that is never negative (Schulman 2020)
+            change = (logp - traj.logp).masked_fill(~traj.mask, 0)
+            if config.inner_kl: moved = moved + masked_mean(change.exp() - 1 - change, traj.mask) / len(support)  # an estimate that is never negative (Schulman 2020)
             params = inner_step(self.policy, params, traj, config, advantage, create_graph=not config.first_order, logp=logp)
         return params, moved
 

@@ -9,8 +9,8 @@ __all__ = ['CONFIGS', 'FORMAT', 'FORMAT_VERSION', 'EXPERIMENTS', 'INTEGER', 'NUM
            'resume_state', 'train', 'load_policy', 'check_episodes', 'reference_row', 'evaluate', 'choose_trajectories',
            'AdaptationResult', 'policy_batch', 'adaptation_functions', 'adapt_policy', 'online_episode',
            'online_advantages', 'evaluate_with_adaptation', 'Experiment', 'run_variant', 'experiment_table',
-           'run_experiment', 'check_figure', 'Train', 'Eval', 'Adapt', 'RunExperiment', 'config_flag', 'one_line',
-           'parse', 'show', 'fail', 'main']
+           'write_text_whole', 'read_row', 'run_experiment', 'gather', 'check_figure', 'Train', 'Eval', 'Adapt',
+           'RunExperiment', 'config_flag', 'one_line', 'parse', 'show', 'fail', 'main']
 
 # %% ../nbs/08_pipeline.ipynb #080003
 import argparse
@@ -24,10 +24,12 @@ import tempfile
 import time
 import tomllib
 import typing
+import zlib
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import tyro
@@ -51,7 +53,7 @@ class AdaptConfig:
     "How to adapt at test time."
     steps: int = 5 # gradient steps before the evaluated episode
     lr: float = 1e-2 # step size
-    later_scale: float = 1.0 # how long the second and later steps are, as a share of the first; those were not trained for
+    later_scale: float = 1.0 # how long steps after the first that was kept are, as a share of it; they were not trained for
     trajectories: int = 0 # support trajectories per step; 0: as many as in training
     online: bool = False # go on adapting while the evaluated episode runs
     online_interval: int = 20 # environment steps between two online updates
@@ -246,9 +248,9 @@ def resume_state(
     latest: Path, # checkpoint
     config: ExperimentConfig, # of the run that wants to go on from it
 ) -> dict: # state of the learner
-    "Where to go on; CheckpointError if the checkpoint comes from a run with other settings (the number of outer steps and `adapt` may differ)."
+    "Where to go on; CheckpointError if the checkpoint comes from a run with other settings (`adapt` may differ, and the number of outer steps unless the outer rate decays with it)."
     old, state = load_checkpoint(latest)
-    what_matters = lambda c: replace(c, meta=replace(c.meta, outer_steps=1), adapt=AdaptConfig())
+    what_matters = lambda c: replace(c, meta=replace(c.meta, outer_steps=c.meta.outer_steps if c.meta.outer_lr_decay else 1), adapt=AdaptConfig())
     if what_matters(old) != what_matters(config):
         raise CheckpointError(f'{latest} comes from a run with other settings; give the same ones, or another --ckpt-dir, or leave out --resume')
     return state
@@ -271,19 +273,20 @@ def train(
         raise CheckpointError(f'{log} does not hold the {learner.step} steps of {latest}; restore it, or start anew without --resume')
     if state is None and (earlier := set_aside(folder)): print(f'an earlier run in {folder} was moved to {earlier}', file=sys.stderr)
     write_log(folder, history)
+    begin -= history[-1]['wall_s'] if history else 0  # earlier sessions count
     bar = tqdm(range(learner.step, total), 'meta-training', total=total, initial=learner.step, unit='step', file=sys.stderr, disable=not progress)
     for step in bar:
         try: metrics = learner.outer_step(sample_tasks(config.env, config.meta.tasks_per_batch, step=step))
         except KeyboardInterrupt:  # the outer step did not happen
             if history: save_checkpoint(latest, config, learner.state_dict())
             raise
-        history.append(dict(step=step) | metrics | dict(wall_s=round(time.time() - begin, 3)))
+        history.append(dict(step=step) | metrics | dict(wall_s=round(time.time() - begin, 2)))
         with log.open('a') as file: file.write(json.dumps(history[-1]) + '\n')
         bar.set_postfix(pre=f'{metrics["pre_return"]:.1f}', post=f'{metrics["post_return"]:.1f}')
         if learner.step % 10 == 0: save_checkpoint(folder / f'step_{learner.step}.npz', config, learner.state_dict())
         if learner.step % 10 == 0 or learner.step == total: save_checkpoint(latest, config, learner.state_dict())
     recent = lambda name: float(np.mean([line[name] for line in history[-10:]]))
-    return dict(outer_steps=learner.step, wall_s=round(time.time() - begin, 2), env_steps=sum(line['env_steps'] for line in history),
+    return dict(outer_steps=learner.step, wall_s=history[-1]['wall_s'], env_steps=sum(line['env_steps'] for line in history),
                 final_pre_return=recent('pre_return'), final_post_return=recent('post_return'), checkpoint=str(latest))
 
 # %% ../nbs/08_pipeline.ipynb #080035
@@ -399,16 +402,16 @@ def adapt_policy(
     support_env = replace(env, num_envs=config.trajectories or env.num_envs)
     collect_support = lambda step: collect(policy, adapter.params, tasks, support_env, 'support', (step,))
     before = after = evaluation()
-    support, length = collect_support(0), torch.ones(len(tasks), device=before.reward.device)
+    support, length = collect_support(0), torch.ones(len(tasks), device=before.reward.device)  # length: share of the step to take
     adapter.observe_return(support.returns.mean(1))
     returns, drift, kept = [before.returns[:, 0]], [adapter.drift()], []
     for step in tqdm(range(config.steps), 'adapting', unit='step', file=sys.stderr, disable=not progress):
-        scale = length if step == 0 else config.later_scale * length
-        adapter.adapt(batch=policy_batch(policy, support, advantages(support, meta.gamma, meta.gae_lambda)), scale=scale, **functions)
+        adapter.adapt(batch=policy_batch(policy, support, advantages(support, meta.gamma, meta.gae_lambda)), scale=length, **functions)
         fresh = collect_support(step + 1)
         adapter.observe_return(fresh.returns.mean(1))
         fell = adapter.restore_best().to(length.device) if config.rollback else torch.zeros_like(length, dtype=torch.bool)
-        support, length = choose_trajectories(fell, support, fresh), torch.where(fell, length / 2, length)
+        first = ~torch.stack([torch.as_tensor(k) for k in kept]).any(0).to(fell.device) if kept else torch.ones_like(fell)  # no step was kept before this one
+        support, length = choose_trajectories(fell, support, fresh), torch.where(fell, length / 2, torch.where(first, length * config.later_scale, length))
         after = evaluation()
         returns.append(after.returns[:, 0]), drift.append(adapter.drift()), kept.append(~fell)
     if config.online: after = online_episode(policy, adapter, tasks, env, meta, config, deterministic)
@@ -432,7 +435,7 @@ def online_episode(
     while (done := traj.reward.shape[-1]) < env.time_limit:
         new = torch.zeros_like(traj.mask)
         new[..., -config.online_interval:-1] = traj.mask[..., -config.online_interval:-1]  # the last step's value is where the estimate ends
-        share = new.sum((1, 2)) / (env.num_envs * env.time_limit)
+        share = new.sum((1, 2)) / ((config.trajectories or env.num_envs) * env.time_limit)
         adapter.adapt(batch=policy_batch(policy, traj, online_advantages(traj, new, meta), new), scale=share, **adaptation_functions(policy, adapter, meta))
         episode.recompute_memory(adapter.params, traj)
         traj = episode.run(adapter.params, min(config.online_interval, env.time_limit - done))
@@ -501,74 +504,102 @@ EXPERIMENTS = {
 
 def run_variant(
     experiment: Experiment, # what to run
-    name: str, # of the variant
-    seed: int, # of training, tasks and noise
+    config: ExperimentConfig, # of this run: a variant with a seed
     folder: Path, # for checkpoints
     progress: bool = True, # show bars on stderr
     device: str = 'cpu', # where to compute
-    **meta, # changes of `MetaConfig`
 ) -> dict: # what was measured, with plain values
-    "Train one variant with one seed, choose a checkpoint on validation tasks, adapt to test tasks."
-    config = experiment.variant(name, seed, **meta)
+    "Train one variant with one seed (or go on), choose a checkpoint on validation tasks, adapt to test tasks."
     trained = train(config, folder, resume=True, device=device, progress=progress)
     total = config.meta.outer_steps
-    candidates = sorted({*range(50, total, 50), total} & {s for s in range(max(total // 2, 1), total + 1)})
-    paths = {s: folder / ('latest.npz' if s == total else f'step_{s}.npz') for s in candidates}
-    validation = {s: evaluate_with_adaptation(path, episodes=experiment.validation, split='validation', device=device).returns_by_step[-1].mean() for s, path in paths.items()}
+    steps = [s for s in range(50, total, 50) if 2 * s >= total] + [total] if 'validation' in config.env.tasks.splits else [total]
+    paths = {s: folder / ('latest.npz' if s == total else f'step_{s}.npz') for s in steps}
+    other = config.seed + 1_000_000  # other tasks, and other noise than in the test
+    judge = lambda path: evaluate_with_adaptation(path, config, experiment.validation, seed=other, device=device, split='validation').returns_by_step[-1].mean()
+    validation = {s: judge(path) for s, path in paths.items()} if len(paths) > 1 else {total: float('nan')}
     best = max(validation, key=validation.get)
-    result = evaluate_with_adaptation(paths[best], episodes=experiment.episodes, device=device, progress=progress)
+    result = evaluate_with_adaptation(paths[best], config, experiment.episodes, device=device, progress=progress)
     rounded = lambda x: np.round(x, 3).tolist()
-    return dict(variant=name, seed=seed, config=asdict(config), training_s=trained['wall_s'], env_steps=trained['env_steps'], checkpoint=best,
-                validation_return={str(s): round(float(v), 3) for s, v in validation.items()}, summary=result.summary(), returns_by_step=rounded(result.returns_by_step),
-                references={k: rounded(v) for k, v in result.references.items()})
+    return dict(training_s=trained['wall_s'], env_steps=trained['env_steps'], checkpoint=best, validation_return={str(s): round(float(v), 3) for s, v in validation.items()}, summary=result.summary(),
+                returns_by_step=rounded(result.returns_by_step), references={k: rounded(v) for k, v in result.references.items()})
 
 
 def experiment_table(
     rows: list, # of `run_variant`
 ) -> list: # of dicts, one per variant
-    "IQM with a 95 % interval (stratified bootstrap over seeds and tasks) after each step, and what else a table needs."
+    "IQM after each step, with a 95 % interval for these seeds on new tasks (stratified bootstrap), and what else a table needs."
     table = []
     for name in dict.fromkeys(row['variant'] for row in rows):
         mine = [row for row in rows if row['variant'] == name]
         returns = np.array([row['returns_by_step'] for row in mine])  # [S, steps + 1, M]
         gain = returns[:, -1] - returns[:, 0]
-        table.append(dict(variant=name, seeds=len(mine), tasks=returns.shape[-1], iqm=[round(float(iqm(returns[:, k])), 3) for k in range(returns.shape[1])],
+        table.append(dict(variant=name, seeds=[row['seed'] for row in mine], checkpoints=[row['checkpoint'] for row in mine], tasks=returns.shape[-1], iqm=[round(float(iqm(returns[:, k])), 3) for k in range(returns.shape[1])],
                           iqm_ci95=[[round(x, 3) for x in stratified_interval(returns[:, k])] for k in range(returns.shape[1])], mean=np.round(returns.mean((0, 2)), 3).tolist(),
                           hurt_rate=round(float((gain < 0).mean()), 4), training_s=[row['training_s'] for row in mine],
                           references={k: round(float(np.mean([row['references'][k] for row in mine])), 3) for k in mine[0]['references']}))
     return table
 
 # %% ../nbs/08_pipeline.ipynb #080062
+def write_text_whole(
+    path: Path, # of the file
+    text: str, # its content
+) -> None:
+    "Write a text file that is whole or not there."
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def read_row(
+    path: Path, # of a JSON file
+) -> dict: # {} if it is not there, or damaged
+    "One result."
+    try: return json.loads(path.read_text())
+    except (OSError, ValueError): return {}
+
+
 def run_experiment(
     name: str, # one of `EXPERIMENTS`
     folder: Path, # for checkpoints and rows, results.json and results.png
-    seeds: list = (0, 1, 2, 3, 4), # of the runs
+    seeds: list = (0, 1, 2, 3, 4), # of the runs; processes that share a folder need different ones
     variants: list = None, # names; None: all
     episodes: int = None, # test tasks; None: the experiment's
     device: str = 'cpu', # where to compute
     progress: bool = True, # show bars on stderr
     **meta, # changes of `MetaConfig`, for tiny versions
-) -> dict: # name, version, table, published
+) -> dict: # experiment, version, command, table of all that is there, published
     "Run what is not yet there, seed by seed, and gather all that is. Raises ValueError for an unknown experiment or variant."
     if name not in EXPERIMENTS: raise ValueError(f'experiment={name!r} is not one of {", ".join(map(repr, EXPERIMENTS))}')
     experiment = EXPERIMENTS[name] if episodes is None else replace(EXPERIMENTS[name], episodes=episodes, validation=min(episodes, EXPERIMENTS[name].validation))
-    wanted, rows = {(v, s): experiment.variant(v, s, **meta) for s in seeds for v in (variants or experiment.variants)}, []
-    for (variant, seed), config in wanted.items():
-        path = writable_folder(Path(folder) / 'rows') / f'{variant.replace(" ", "_")}_{seed}.json'
-        about = dict(version=__version__, config=asdict(config), episodes=experiment.episodes)
-        row = json.loads(path.read_text()) if path.exists() else {}
-        if {k: row.get(k) for k in about} != json.loads(json.dumps(about)):
-            if progress: print(f'{name}: {variant}, seed {seed}', file=sys.stderr)
-            row = about | run_variant(experiment, variant, seed, path.with_suffix(''), progress, device, **meta)
-            path.write_text(json.dumps(row))
-        rows.append(row)
-    results = dict(experiment=name, version=__version__, command=f'ssm-metarl experiment {name} --seeds {len(seeds)}', torch=torch.__version__, config=asdict(experiment.variant(rows[0]['variant'], 0, **meta)),
-                   table=experiment_table(rows), published=experiment.published)
-    (Path(folder) / 'results.json').write_text(json.dumps(results, indent=1) + '\n')
+    def about(variant, seed):  # what a result depends on
+        return json.loads(json.dumps(dict(variant=variant, seed=seed, version=__version__, config=asdict(experiment.variant(variant, seed, **meta)), episodes=experiment.episodes, validation=experiment.validation)))
+    wanted = [about(v, s) for s in seeds for v in (variants or experiment.variants)]
+    rows = writable_folder(Path(folder) / 'rows')
+    for what in wanted:
+        path = rows / f'{what["variant"].replace(" ", "-")}_{what["seed"]}.json'
+        if what.items() <= read_row(path).items(): continue
+        if progress: print(f'{name}: {what["variant"]}, seed {what["seed"]}', file=sys.stderr)
+        config = experiment.variant(what['variant'], what['seed'], **meta)
+        trained_with = zlib.crc32(json.dumps([__version__, what['config'] | dict(adapt=None)]).encode())
+        write_text_whole(path, json.dumps(what | run_variant(experiment, config, path.with_suffix('') / f'{trained_with:08x}', progress, device)))
+        results = gather(name, experiment, rows, about, episodes, meta)
+    results = gather(name, experiment, rows, about, episodes, meta)
     plot_experiment(results).figure.savefig(Path(folder) / 'results.png', dpi=150)
+    plt.close()
     return results
 
-# %% ../nbs/08_pipeline.ipynb #080065
+
+def gather(name, experiment, rows, about, episodes, meta):  # all results in a folder that fit: -> what stands in results.json
+    found = [row for row in map(read_row, sorted(rows.glob('*.json'))) if row.get('variant') in experiment.variants and about(row['variant'], row['seed']).items() <= row.items()]
+    found.sort(key=lambda row: (list(experiment.variants).index(row['variant']), row['seed']))
+    number = max(row['seed'] for row in found) + 1
+    changes = ''.join(f' --{key.replace("_", "-")} {value}' for key, value in (meta | ({} if episodes is None else dict(episodes=episodes))).items())
+    results = dict(experiment=name, version=__version__, command=f'ssm-metarl experiment {name} --seeds {number}{changes}', torch=torch.__version__, config=asdict(experiment.config), variants=experiment.variants,
+                   table=experiment_table(found), published=experiment.published)
+    write_text_whole(rows.parent / 'results.json', json.dumps(results, indent=1) + '\n')
+    return results
+
+# %% ../nbs/08_pipeline.ipynb #080067
 INTEGER, NUMBER, TEXT, FILE = (tyro.conf.arg(metavar=kind) for kind in ('INT', 'FLOAT', 'STR', 'PATH'))
 
 
@@ -647,7 +678,7 @@ class RunExperiment:
     "Train, choose, adapt and compare several variants over several seeds. What is done already is not done again."
     name: tyro.conf.Positional[str] # experiment: nav2d
     seeds: int = 5 # how many seeds
-    first_seed: int = 0 # the first of them; two processes can share the work, with the same --out
+    first_seed: int = 0 # the first of them; processes with different seeds can share the work, with the same --out
     variants: Annotated[tuple[str, ...], tyro.conf.arg(metavar='STR ...')] = () # names of variants; default: all
     out: Path = Path('experiments') # folder for results: a folder of the experiment's name in it
     outer_steps: Annotated[int | None, INTEGER] = None # meta-learning iterations, for a quick look; default: the config's
@@ -662,7 +693,7 @@ class RunExperiment:
         for row in results['table']: print(f'{row["variant"]:>12}: IQM after 0, 1, ... steps ' + '  '.join(f'{x:.2f} [{low:.2f}, {high:.2f}]' for x, (low, high) in zip(row['iqm'], row['iqm_ci95'])), file=sys.stderr)
         return {row['variant']: row['iqm'] for row in results['table']} | dict(results=str(self.out / self.name / 'results.json'))
 
-# %% ../nbs/08_pipeline.ipynb #080067
+# %% ../nbs/08_pipeline.ipynb #080069
 def config_flag(
     argv: list, # words of the command line
 ) -> str: # value of --config, or 'basic'
@@ -700,7 +731,7 @@ def parse(
         if not stop.code: raise
         raise ValueError(f'{one_line(message.getvalue())} (--help lists what there is)') from None
 
-# %% ../nbs/08_pipeline.ipynb #080069
+# %% ../nbs/08_pipeline.ipynb #080071
 def show(
     value, # a number, a text, or a list of numbers
 ) -> str:
@@ -730,6 +761,6 @@ def main(
         return 1
     except (OSError, CheckpointError, FloatingPointError) as error: return fail(error, 1)
     except MemoryError as error: return fail(f'not enough memory; ask for less ({error})', 1)
-    except KeyboardInterrupt: return fail('interrupted' + ('; --resume goes on' if argv[:1] == ['train'] else ''), 130)
+    except KeyboardInterrupt: return fail('interrupted' + ({'train': '; --resume goes on', 'experiment': '; the same command goes on'}.get(argv[0], '') if argv else ''), 130)
     return 0
 

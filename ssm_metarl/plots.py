@@ -293,12 +293,12 @@ def plot_experiment(
     for i, row in enumerate(results['table']):
         low, high = np.array(row['iqm_ci95']).T
         steps = np.arange(len(row['iqm'])) + .06 * (i - 1)  # beside each other
-        ax.errorbar(steps, row['iqm'], [np.array(row['iqm']) - low, high - np.array(row['iqm'])], fmt='o-', color=f'C{i}', ms=4, lw=1.5, capsize=3, label=row['variant'])
-    for (source, values), mark in zip(results['published'].items(), ('k*', 'kx', 'k+')): ax.plot(range(len(values)), values, mark, ms=9, label=source)
-    ax.axhline(results['table'][0]['references']['nothing'], color='0.5', ls=':', label='do nothing')
+        ax.errorbar(steps, row['iqm'], [np.array(row['iqm']) - low, high - np.array(row['iqm'])], fmt='o-', color=f'C{i}', ms=4, lw=1.5, capsize=3, label=f'{row["variant"]}: IQM')
+    for (source, values), mark in zip(results['published'].items(), ('k*', 'kx', 'k+')): ax.plot(range(len(values)), values, mark, ms=9, label=f'{source}: mean')
+    if (nothing := results['table'][0]['references'].get('nothing')) is not None: ax.axhline(nothing, color='0.5', ls=':', label='do nothing')
     ax.set_xticks(range(len(results['table'][0]['iqm'])))
     ax.legend(frameon=False, fontsize=8, loc='lower right')
-    return dress(ax, f'{results["experiment"]}: {results["table"][0]["seeds"]} seeds', 'gradient steps', 'return, interquartile mean')
+    return dress(ax, f'{results["experiment"]}: {len(results["table"][0]["seeds"])} seeds', 'gradient steps', 'return')
 
 # %% ../nbs/07_plots.ipynb #070069
 def plot_adaptation(

@@ -262,7 +262,7 @@ def policy_surrogate(
     logp_old: Tensor, # the same when they were chosen, [M, K, T]
     advantage: Tensor, # [M, K, T]
     mask: Tensor, # bool [M, K, T]
-    kind: str = 'ratio', # 'ratio': pi / pi_old, low-variance curvature (Rothfuss et al., ICLR 2019); 'dice': all of the curvature (Foerster et al., ICML 2018); 'logprob': log pi
+    kind: str = 'ratio', # 'ratio': pi / pi_old, low-variance curvature (Rothfuss et al., ICLR 2019); 'dice': all of the curvature (Foerster et al., ICML 2018; for advantages Farquhar et al., NeurIPS 2019); 'logprob': log pi
     clip: float = None, # PPO clipping of the ratio to 1 - clip .. 1 + clip; None: off
 ) -> Tensor: # loss to minimise, [M]: mean over the real steps of each task
     "The policy-gradient loss, the only one in the library. Raises ValueError for another kind, or a clipped log-probability."

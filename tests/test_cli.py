@@ -94,7 +94,7 @@ def test_an_experiment_in_small(tmp_path):
     both = answer(*words, '--seeds', 2)  # the second seed is there already
     results = json.loads((tmp_path / 'nav2d' / 'results.json').read_text())
     rows = [json.loads((tmp_path / 'nav2d' / 'rows' / f'SSM_{seed}.json').read_text()) for seed in (0, 1)]
-    assert len(first['SSM']) == len(both['SSM']) == 4 and results['table'][0]['seeds'] == 2 and results['table'][0]['iqm'] == both['SSM']
+    assert len(first['SSM']) == len(both['SSM']) == 4 and results['table'][0]['seeds'] == [0, 1] and results['table'][0]['iqm'] == both['SSM']
     returns = np.array([row['returns_by_step'] for row in rows])  # [2, 4, 4]
     np.testing.assert_allclose(both['SSM'], [np.mean(np.sort(returns[:, k].ravel())[2:6]) for k in range(4)], atol=2e-3)  # the middle half of eight
     assert results['published']['MAML (Finn et al. 2017)'] == [-40.41, -11.68, -3.33, -3.23]
