@@ -533,7 +533,7 @@ def experiment_table(
         mine = [row for row in rows if row['variant'] == name]
         returns = np.array([row['returns_by_step'] for row in mine])  # [S, steps + 1, M]
         gain = returns[:, -1] - returns[:, 0]
-        table.append(dict(variant=name, seeds=[row['seed'] for row in mine], checkpoints=[row['checkpoint'] for row in mine], tasks=returns.shape[-1], iqm=[round(float(iqm(returns[:, k])), 3) for k in range(returns.shape[1])],
+        table.append(dict(variant=name, seeds=[row['seed'] for row in mine], checkpoints=[row['checkpoint'] for row in mine], tasks=returns.shape[-1], iqm=[round(float(iqm(returns[:, k])), 3) for k in range(returns.shape[1])], iqm_by_seed=np.round(iqm(returns, axis=-1), 3).tolist(),
                           iqm_ci95=[[round(x, 3) for x in stratified_interval(returns[:, k])] for k in range(returns.shape[1])], mean=np.round(returns.mean((0, 2)), 3).tolist(),
                           hurt_rate=round(float((gain < 0).mean()), 4), training_s=[row['training_s'] for row in mine],
                           references={k: round(float(np.mean([row['references'][k] for row in mine])), 3) for k in mine[0]['references']}))
