@@ -10,15 +10,13 @@ EnvPool is measured, with one thread, where it is installed.
 """
 import argparse
 import importlib.util
-import json
-import statistics
-import time
 
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers import TimeLimit
+from paired import paired, write_rows
 
 from ssm_metarl.envs import EnvBatch, EnvConfig
 
@@ -68,10 +66,8 @@ def cases():
             for N in (64, 512, 4096): yield label, f'Meta{name[:-3]}-v0', limit, N, 'EnvPool', lambda N, name=name: envpool.make(name, env_type='gymnasium', num_envs=N, num_threads=1, seed=0)
 
 
-def seconds(env, actions):
-    start = time.perf_counter()
-    for action in actions: env.step(action)
-    return time.perf_counter() - start
+def play(env, actions):
+    for a in actions: env.step(a)
 
 
 def compare(family, limit, N, make, repeats, steps):
@@ -79,9 +75,9 @@ def compare(family, limit, N, make, repeats, steps):
     ours, peer = EnvBatch(EnvConfig(family, N, limit), autoreset_mode=AutoresetMode.SAME_STEP), make(N)
     ours.action_space.seed(0)
     actions = np.stack([ours.action_space.sample() for _ in range(steps)])
-    for env in (ours, peer): env.reset(), seconds(env, actions)  # after these, episodes are at different stages
-    pairs = [(seconds(ours, actions), seconds(peer, actions)) for _ in range(repeats)]
-    return statistics.median(a / b for a, b in pairs), 1e3 / steps * statistics.median(a for a, _ in pairs)
+    for env in (ours, peer): env.reset(), play(env, actions)  # after these, episodes are at different stages
+    ratio, ms = paired(lambda: play(ours, actions), lambda: play(peer, actions), repeats)
+    return ratio, ms / steps
 
 
 def main():
@@ -98,8 +94,7 @@ def main():
         ratio, ms = compare(family, limit, N, make, args.repeats, args.steps)
         rows.append(dict(name=name, ratio=round(ratio, 5), peer=peer, ms=round(ms, 4)))
         print(f'{name:40} {ratio:8.4f} of its time, {1 / ratio:6.1f} times as fast, {ms:7.4f} ms, {N / ms / 1e3:6.2f} million steps/s', flush=True)
-    if args.json:
-        with open(args.json, 'w') as file: json.dump(dict(rows=rows), file, indent=1)
+    write_rows(rows, args.json)
 
 
 if __name__ == '__main__': main()

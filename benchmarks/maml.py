@@ -10,9 +10,6 @@ given, in float64 for the check: both must give the same meta-gradient, to 1e-8.
 One CPU thread.
 """
 import argparse
-import json
-import statistics
-import time
 from dataclasses import replace
 
 import gymnasium as gym
@@ -20,6 +17,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from paired import paired, write_rows
 
 from ssm_metarl.envs import EnvConfig, sample_tasks
 from ssm_metarl.maml import MetaMAML, returns_variance
@@ -146,20 +144,10 @@ def main():
     rows = []
     for name, ours, peer_name, peer in cases():
         if args.words and not any(word in name for word in args.words): continue
-        ours(), peer()
-        times = []
-        for _ in range(args.repeats):
-            pair = []
-            for f in (ours, peer):
-                start = time.perf_counter()
-                f()
-                pair.append(time.perf_counter() - start)
-            times.append(pair)
-        ratio, ms = statistics.median(a / b for a, b in times), 1e3 * statistics.median(a for a, _ in times)
+        ratio, ms = paired(ours, peer, args.repeats)
         rows.append(dict(name=name, ratio=round(ratio, 4), peer=peer_name, ms=round(ms, 3)))
         print(f'{name:34} {ratio:6.3f} of {peer_name:42} {1 / ratio:5.1f} times as fast, {ms:8.1f} ms', flush=True)
-    if args.json:
-        with open(args.json, 'w') as file: json.dump(dict(rows=rows), file, indent=1)
+    write_rows(rows, args.json)
 
 
 if __name__ == '__main__': main()

@@ -9,11 +9,9 @@ Stacked: M tasks x K trajectories as one batch of environments, and a policy who
 (checked). T = 100 steps; one CPU thread. The policy is the library's (a 64-unit encoder, an SSM with 64 real numbers of state, heads), smaller where the name says so. Steps per second are those of the stacked rollout, without what comes after the end of an episode.
 """
 import argparse
-import json
-import statistics
-import time
 
 import torch
+from paired import paired, write_rows
 
 from ssm_metarl.envs import EnvConfig, sample_tasks
 from ssm_metarl.policy import PolicyConfig, SSMMetaPolicy
@@ -32,22 +30,6 @@ def rollouts(family, M, K, width, device):
     return lambda: [collect(policy, stacked, tasks, env)], lambda: [collect(policy, alone[m], tasks[m:m + 1], env, start=m) for m in range(M)]
 
 
-def compare(ours, peer, repeats, wait):
-    "Median of the ratios of interleaved pairs, our median time in ms, and how many real steps (before the ends of episodes) that takes in."
-    stacked = ours()
-    torch.testing.assert_close(torch.cat([t.reward for t in stacked]), torch.cat([t.reward for t in peer()]), rtol=1e-3, atol=1e-3)
-    times = []
-    for _ in range(repeats):
-        pair = []
-        for f in (ours, peer):
-            wait()
-            start = time.perf_counter()
-            f(), wait()
-            pair.append(time.perf_counter() - start)
-        times.append(pair)
-    return statistics.median(a / b for a, b in times), 1e3 * statistics.median(a for a, _ in times), sum(t.num_steps for t in stacked)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('words', nargs='*', help='only rows whose name contains one of them')
@@ -62,11 +44,13 @@ def main():
         for M, K, width in ((8, 10, 64), (20, 10, 64), (20, 10, 32), (20, 20, 64), (40, 20, 64)):
             name = f'rollout of {label}, {M} tasks x {K} trajectories, width {width}'
             if args.words and not any(word in name for word in args.words): continue
-            ratio, ms, steps = compare(*rollouts(family, M, K, width, args.device), args.repeats, wait)
+            ours, peer = rollouts(family, M, K, width, args.device)
+            stacked = ours()
+            torch.testing.assert_close(torch.cat([t.reward for t in stacked]), torch.cat([t.reward for t in peer()]), rtol=1e-3, atol=1e-3)
+            (ratio, ms), steps = paired(ours, peer, args.repeats, wait), sum(t.num_steps for t in stacked)  # real steps, before the ends of episodes
             rows.append(dict(name=name, ratio=round(ratio, 4), peer='task by task', ms=round(ms, 3)))
             print(f'{name:64} {ratio:6.3f} of task by task ({1 / ratio:4.1f} times as fast), {steps / ms / 1e3:5.2f} million steps/s', flush=True)
-    if args.json:
-        with open(args.json, 'w') as file: json.dump(dict(rows=rows), file, indent=1)
+    write_rows(rows, args.json)
 
 
 if __name__ == '__main__': main()

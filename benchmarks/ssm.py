@@ -10,32 +10,15 @@ are installed (pip install -e '.[bench]'): they have no resets, so ours runs wit
 """
 import argparse
 import importlib.util
-import json
-import statistics
-import time
 
 import torch
+from paired import paired, write_rows
 from torch import nn
 from torch.func import functional_call
 
 from ssm_metarl.ssm import SSM, SSMConfig, scan
 
 D = N = 64
-
-
-def compare(ours, peer, repeats, wait):
-    "Median of the ratios of interleaved pairs, and our median time in ms."
-    ours(), peer()
-    times = []
-    for _ in range(repeats):
-        pair = []
-        for f in (ours, peer):
-            wait()
-            start = time.perf_counter()
-            f(), wait()
-            pair.append(time.perf_counter() - start)
-        times.append(pair)
-    return statistics.median(a / b for a, b in times), 1e3 * statistics.median(a for a, _ in times)
 
 
 def derivative(model, *inputs): return torch.autograd.grad(model(*inputs)[0].square().mean(), list(model.parameters()))
@@ -119,11 +102,10 @@ def main():
     sources = [f(args.device, init) for init in ('lru', 'real') for f in (sequences, steps, through_a_step)] + [other_libraries(args.device)]
     for name, ours, peer_name, peer in (row for source in sources for row in source):
         if args.words and not any(word in name for word in args.words): continue
-        ratio, ms = compare(ours, peer, args.repeats, wait)
+        ratio, ms = paired(ours, peer, args.repeats, wait)
         rows.append(dict(name=name, ratio=round(ratio, 4), peer=peer_name, ms=round(ms, 3)))
         print(f'{name:58} {ratio:6.3f} of {peer_name:22} {ms:9.2f} ms', flush=True)
-    if args.json:
-        with open(args.json, 'w') as file: json.dump(dict(rows=rows), file, indent=1)
+    write_rows(rows, args.json)
 
 
 if __name__ == '__main__': main()
