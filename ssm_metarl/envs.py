@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'GOLDEN', 'STRETCH', 'SPLITS', 'MAX_TASKS', 'MAX_DRAWS', 'AUTORESET_MODES', 'Family', 'family_class',
-           'make_one', 'make_batch', 'make_known', 'unregister_family', 'register_family', 'PointNavigation', 'stream',
-           'splitmix64', 'uniform_numbers', 'checksum_split', 'EnvConfig', 'TaskDistribution', 'sample_tasks',
-           'read_only', 'stack_tasks', 'unstack_tasks', 'Rows', 'check_actions', 'check_mask', 'check_rows',
-           'spread_seed', 'Luck', 'EnvBatch', 'play_actions', 'TaskEnv']
+           'make_known', 'unregister_family', 'register_family', 'PointNavigation', 'stream', 'splitmix64',
+           'uniform_numbers', 'checksum_split', 'EnvConfig', 'TaskDistribution', 'sample_tasks', 'read_only',
+           'stack_tasks', 'unstack_tasks', 'Rows', 'check_actions', 'check_mask', 'check_rows', 'spread_seed', 'Luck',
+           'EnvBatch', 'play_actions', 'TaskEnv']
 
 # %% ../nbs/02_envs.ipynb #020003
 import copy
@@ -110,8 +110,8 @@ def family_class(
     return FAMILIES[name]
 
 
-def make_one(env_name, **settings): return TaskEnv(_config(env_name, 1, settings))
-def make_batch(env_name, num_envs=1, autoreset_mode=AutoresetMode.DISABLED, **settings): return EnvBatch(_config(env_name, num_envs, settings), autoreset_mode=autoreset_mode)
+def _make_one(env_name, **settings): return TaskEnv(_config(env_name, 1, settings))
+def _make_batch(env_name, num_envs=1, autoreset_mode=AutoresetMode.DISABLED, **settings): return EnvBatch(_config(env_name, num_envs, settings), autoreset_mode=autoreset_mode)
 def _config(env_name, num_envs, settings):  # what is neither time limit nor seed is an option of the family
     return EnvConfig(env_name, num_envs, **{key: settings.pop(key) for key in ('time_limit', 'seed') if key in settings}, options=settings)
 
@@ -120,7 +120,7 @@ def make_known(
     name: str, # Gymnasium id, such as 'MetaGymToy-v0'
 ) -> None:
     "Enter a family into Gymnasium's own table, for `gymnasium.make` and `gymnasium.make_vec`."
-    gym.register(name, entry_point=partial(make_one, name), vector_entry_point=partial(make_batch, name))
+    gym.register(name, entry_point=partial(_make_one, name), vector_entry_point=partial(_make_batch, name))
 
 
 def unregister_family(

@@ -9,8 +9,8 @@ __all__ = ['CONFIGS', 'FORMAT', 'FORMAT_VERSION', 'EXPERIMENTS', 'INTEGER', 'NUM
            'resume_state', 'train', 'load_policy', 'check_episodes', 'reference_row', 'evaluate', 'choose_trajectories',
            'AdaptationResult', 'policy_batch', 'adaptation_functions', 'adapt_policy', 'online_episode',
            'online_advantages', 'evaluate_with_adaptation', 'Experiment', 'run_variant', 'experiment_table',
-           'write_text_whole', 'read_row', 'run_experiment', 'gather', 'check_figure', 'Train', 'Eval', 'Adapt',
-           'RunExperiment', 'config_flag', 'one_line', 'parse', 'show', 'fail', 'main']
+           'write_text_whole', 'read_row', 'run_experiment', 'check_figure', 'Train', 'Eval', 'Adapt', 'RunExperiment',
+           'config_flag', 'one_line', 'parse', 'show', 'fail', 'main']
 
 # %% ../nbs/08_pipeline.ipynb #080003
 import argparse
@@ -404,14 +404,14 @@ def adapt_policy(
     before = after = evaluation()
     support, length = collect_support(0), torch.ones(len(tasks), device=before.reward.device)  # length: share of the step to take
     adapter.observe_return(support.returns.mean(1))
-    returns, drift, kept = [before.returns[:, 0]], [adapter.drift()], []
+    returns, drift, kept, began = [before.returns[:, 0]], [adapter.drift()], [], torch.zeros_like(length, dtype=torch.bool)  # began: has kept a step
     for step in tqdm(range(config.steps), 'adapting', unit='step', file=sys.stderr, disable=not progress):
         adapter.adapt(batch=policy_batch(policy, support, advantages(support, meta.gamma, meta.gae_lambda)), scale=length, **functions)
         fresh = collect_support(step + 1)
         adapter.observe_return(fresh.returns.mean(1))
         fell = adapter.restore_best().to(length.device) if config.rollback else torch.zeros_like(length, dtype=torch.bool)
-        first = ~torch.stack([torch.as_tensor(k) for k in kept]).any(0).to(fell.device) if kept else torch.ones_like(fell)  # no step was kept before this one
-        support, length = choose_trajectories(fell, support, fresh), torch.where(fell, length / 2, torch.where(first, length * config.later_scale, length))
+        support, length = choose_trajectories(fell, support, fresh), torch.where(fell, length / 2, torch.where(began, length, length * config.later_scale))
+        began = began | ~fell
         after = evaluation()
         returns.append(after.returns[:, 0]), drift.append(adapter.drift()), kept.append(~fell)
     if config.online: after = online_episode(policy, adapter, tasks, env, meta, config, deterministic)
@@ -516,8 +516,8 @@ def run_variant(
     paths = {s: folder / ('latest.npz' if s == total else f'step_{s}.npz') for s in steps}
     other = config.seed + 1_000_000  # other tasks, and other noise than in the test
     judge = lambda path: evaluate_with_adaptation(path, config, experiment.validation, seed=other, device=device, split='validation').returns_by_step[-1].mean()
-    validation = {s: judge(path) for s, path in paths.items()} if len(paths) > 1 else {total: float('nan')}
-    best = max(validation, key=validation.get)
+    validation = {s: judge(path) for s, path in paths.items()} if len(paths) > 1 else {}
+    best = max(validation, key=validation.get, default=total)
     result = evaluate_with_adaptation(paths[best], config, experiment.episodes, device=device, progress=progress)
     rounded = lambda x: np.round(x, 3).tolist()
     return dict(training_s=trained['wall_s'], env_steps=trained['env_steps'], checkpoint=best, validation_return={str(s): round(float(v), 3) for s, v in validation.items()}, summary=result.summary(),
@@ -582,14 +582,14 @@ def run_experiment(
         config = experiment.variant(what['variant'], what['seed'], **meta)
         trained_with = zlib.crc32(json.dumps([__version__, what['config'] | dict(adapt=None)]).encode())
         write_text_whole(path, json.dumps(what | run_variant(experiment, config, path.with_suffix('') / f'{trained_with:08x}', progress, device)))
-        results = gather(name, experiment, rows, about, episodes, meta)
-    results = gather(name, experiment, rows, about, episodes, meta)
+        _gather(name, experiment, rows, about, episodes, meta)
+    results = _gather(name, experiment, rows, about, episodes, meta)
     plot_experiment(results).figure.savefig(Path(folder) / 'results.png', dpi=150)
     plt.close()
     return results
 
 
-def gather(name, experiment, rows, about, episodes, meta):  # all results in a folder that fit: -> what stands in results.json
+def _gather(name, experiment, rows, about, episodes, meta):  # all results in a folder that fit: -> what stands in results.json
     found = [row for row in map(read_row, sorted(rows.glob('*.json'))) if row.get('variant') in experiment.variants and about(row['variant'], row['seed']).items() <= row.items()]
     found.sort(key=lambda row: (list(experiment.variants).index(row['variant']), row['seed']))
     number = max(row['seed'] for row in found) + 1

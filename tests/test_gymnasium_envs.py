@@ -11,7 +11,7 @@ from gymnasium.vector import AutoresetMode
 from ssm_metarl.env_checks import check_family
 from ssm_metarl.envs import EnvBatch, EnvConfig, play_actions, register_family, sample_tasks, unregister_family
 from ssm_metarl.evaluation import reference_returns
-from ssm_metarl.gymnasium_envs import WAITING, GymnasiumBatch, GymnasiumFamily
+from ssm_metarl.gymnasium_envs import MAX_WAITING, WAITING, GymnasiumBatch, GymnasiumFamily
 from ssm_metarl.policy import PolicyConfig, SSMMetaPolicy
 from ssm_metarl.rollout import collect
 
@@ -96,6 +96,16 @@ def test_environments_of_a_batch_that_is_gone_serve_the_next_one():
     del second
     gc.collect()
     assert made not in WAITING.values()  # what was closed stays closed
+
+
+def test_few_batches_wait():
+    "Batches of ever new sizes; those that waited longest are closed."
+    for n in range(1, 12):
+        batch = EnvBatch(EnvConfig('EnvsTestLake-v0', n))
+        last = batch.envs
+        del batch
+        gc.collect()
+        assert len(WAITING) <= MAX_WAITING and last in WAITING.values() and not last.closed
 
 
 def test_no_environment_is_made_twice(monkeypatch):
