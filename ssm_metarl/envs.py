@@ -241,13 +241,19 @@ class EnvConfig:
     time_limit: int = 200 # T, steps until truncation
     seed: int = 0 # of tasks and resets
     options: dict = field(default_factory=dict) # of the family, such as {'rotation': 3.14}
+    episodes_per_trial: int = 1 # episodes in a trajectory of a rollout; the memory lasts from one to the next
 
     def __post_init__(self):
-        for name in ('num_envs', 'time_limit'):
+        for name in ('num_envs', 'time_limit', 'episodes_per_trial'):
             value = getattr(self, name)
             if not isinstance(value, Integral) or value < 1: raise ValueError(f'{name}={value!r} is not a positive integer')
         if not isinstance(self.seed, Integral) or not 0 <= self.seed < 2**63: raise ValueError(f'seed={self.seed!r} is not an integer >= 0 and below 2**63')
         self.family
+
+    @property
+    def trial_length(self) -> int:
+        "Steps of a trajectory, at most."
+        return self.time_limit * self.episodes_per_trial
 
     @property
     def family(self) -> Family:
@@ -340,10 +346,15 @@ def stack_tasks(
         with np.errstate(over='ignore'): return {k: np.asarray(task[k], np.float32) for k in sorted(task)}
     rows = []
     for i, task in enumerate(tasks):
-        try: ok = {k: v.shape for k, v in columns(task).items()} == shapes and all(np.isfinite(v).all() for v in columns(task).values())
+        if i and task is tasks[i - 1]:  # once more, as in a rollout of several trajectories per task
+            rows.append(rows[-1])
+            continue
+        try:
+            row = columns(task)
+            ok = {k: v.shape for k, v in row.items()} == shapes and all(np.isfinite(v).all() for v in row.values())
         except (TypeError, ValueError, KeyError): ok = False
         if not ok: raise ValueError(f'task {i} is {task!r}; a task of {type(family).__name__} is a dict of finite numbers with shapes {shapes}')
-        rows.append(columns(task))
+        rows.append(row)
     return {k: read_only(np.array([row[k] for row in rows])) for k in sorted(shapes)}
 
 

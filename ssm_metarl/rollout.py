@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
+from gymnasium.vector import AutoresetMode
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -102,10 +103,11 @@ def history(
     policy: SSMMetaPolicy, # discrete or not, and the number of actions
     action: Tensor, # [..., A], or int [...]
     reward: Tensor, # [...]
-) -> Tensor: # [..., A + 2]: action (one-hot if discrete), reward, and 0 for "not the first step"
+    begins: Tensor, # bool [...]: an episode begins now
+) -> Tensor: # [..., A + 2]: action (one-hot if discrete), reward, and whether an episode begins
     "What a policy remembers of the step before."
     action = F.one_hot(action, policy.action_dim) if policy.discrete else action
-    return torch.cat([action.to(reward.dtype), reward.unsqueeze(-1), torch.zeros_like(reward).unsqueeze(-1)], -1)
+    return torch.cat([action.to(reward.dtype), reward.unsqueeze(-1), begins.to(reward.dtype).unsqueeze(-1)], -1)
 
 
 def policy_inputs(
@@ -114,9 +116,9 @@ def policy_inputs(
 ) -> Tensor: # [M, K, T, O], or [M, K, T, O + A + 2] with previous action, reward and episode start
     "What the policy saw: the observations, and its own recent history if it wants that."
     if not policy.config.history: return traj.obs
-    past = history(policy, traj.action, traj.reward)
-    past = torch.cat([torch.zeros_like(past[..., :1, :]), past[..., :-1, :]], -2).masked_fill((traj.memory_reset | ~traj.mask).unsqueeze(-1), 0)
-    past[..., -1] = traj.episode_start.to(past.dtype)
+    past = history(policy, traj.action, traj.reward, traj.episode_start.roll(-1, -1)).roll(1, -2)  # the first row is what follows the last one
+    nothing = (traj.memory_reset | ~traj.mask).unsqueeze(-1)
+    past = torch.cat([past[..., :-1].masked_fill(nothing, 0), past[..., -1:]], -1)
     return torch.cat([traj.obs, past], -1)
 
 # %% ../nbs/03_rollout.ipynb #030033
@@ -132,23 +134,27 @@ def require_finite(
 
 # %% ../nbs/03_rollout.ipynb #030036
 class Rollout:
-    "K episodes of each of M tasks, stepped as one batch; the parameters may change on the way."
+    "K trajectories of each of M tasks, stepped as one batch; the parameters may change on the way."
 
     def __init__(self,
                  policy: SSMMetaPolicy, # acts
                  tasks: list, # M tasks
-                 config: EnvConfig, # family, K = num_envs trajectories per task, T = time_limit, seed
+                 config: EnvConfig, # family, K = num_envs trajectories per task, T = trial_length steps, seed
                  purpose: str = 'action', # purpose of the stream of action noise
                  key: tuple = (), # further key of that stream: outer step, adaptation step, ...
                  start: int = 0, # global index of the first task
                  deterministic: bool = False): # the most likely action instead of a sample
         if not tasks: raise ValueError('tasks is empty; give at least one, as sample_tasks does')
         M, K = self.shape = len(tasks), config.num_envs
-        self.policy, self.like, self.time_limit, self.start = policy, next(policy.parameters()), config.time_limit, start
-        self.env = EnvBatch(replace(config, num_envs=M * K), [task for task in tasks for _ in range(K)])
-        self.noise = None if deterministic else self._tensor(action_noise(policy, M, K, config.time_limit, config.seed, purpose, key, start))
+        self.policy, self.like, self.length, self.start = policy, next(policy.parameters()), config.trial_length, start
+        mode = AutoresetMode.SAME_STEP if config.episodes_per_trial > 1 else AutoresetMode.DISABLED
+        self.env = EnvBatch(replace(config, num_envs=M * K), [task for task in tasks for _ in range(K)], mode)
+        noise = None if deterministic else self._tensor(action_noise(policy, M, K, self.length, config.seed, purpose, key, start))
+        self.noise = [None] * self.length if deterministic else noise.movedim(2, 0).contiguous()  # [T, M, K, A]
         self.obs, _ = self.env.reset(seed=env_seeds(M, K, config.seed, purpose, key, start))
-        self.memory, self.storage, self.taken = policy.initial_state(M, K), None, 0  # arrays [M, K, T, ...], and how many steps of T are in them
+        self.memory, self.taken, self.acted, self.happened = policy.initial_state(M, K), 0, None, None  # steps so far; arrays [T, M, K, ...] of them
+        self.distribution = ('logits',) if policy.discrete else ('mean', 'log_std')
+        self.left, self.begins = np.full((M, K), config.episodes_per_trial), np.ones((M, K), bool)  # episodes before each trajectory; whether one begins now
         self.past = self.like.new_zeros(M, K, policy.input_dim - policy.obs_dim)
         if policy.config.history: self.past[..., -1] = 1  # the first step starts an episode
 
@@ -160,31 +166,35 @@ class Rollout:
             params: dict, # flat dict, each value [...] (one policy for all tasks) or [M, ...] (one per task)
             steps: int, # how many more
            ) -> Trajectories: # all steps so far, [M, K, t, ...]
-        "Act for some steps; what follows an episode's end is masked. Raises ValueError past the time limit."
-        left = self.time_limit - self.taken
-        if not 0 < steps <= left: raise ValueError(f'steps={steps} is not one of the {left} that time_limit={self.time_limit} leaves; start a new Rollout')
+        "Act for some steps; what follows the end is masked. Raises ValueError past the last step."
+        left = self.length - self.taken
+        if not 0 < steps <= left: raise ValueError(f'steps={steps} is not one of the {left} that a trajectory of {self.length} steps leaves; start a new Rollout')
         act = self.policy.stepper(params)
         for _ in range(steps):
-            step = self._step(act)
-            if self.storage is None: self.storage = [x.new_empty(*self.shape, self.time_limit, *x.shape[2:]) for x in step]
-            for array, x in zip(self.storage, step): array[:, :, self.taken] = x
+            acted, happened = self._step(act)
+            if self.acted is None: self.acted, self.happened = [x.new_empty(self.length, *x.shape) for x in acted], [np.empty((self.length, *x.shape), x.dtype) for x in happened]
+            for array, x in zip((*self.acted, *self.happened), (*acted, *happened)): array[self.taken] = x
             self.taken += 1
-        obs, action, reward, terminated, truncated, mask, logp, value = (x[:, :, :self.taken] for x in self.storage)
-        first = torch.zeros_like(mask)
-        first[..., 0] = True
-        return Trajectories(obs, action, reward, terminated, truncated, mask, first, first.clone(), logp, value)
+        past = lambda x: x[:self.taken].movedim(0, 2).contiguous()
+        obs, action, value, *distribution = map(past, self.acted)
+        logp = action_log_prob(dict(zip(self.distribution, distribution)), action)
+        reward, terminated, truncated, mask, episode_start = (past(self._tensor(x)) for x in self.happened)
+        memory_reset = torch.zeros_like(mask)
+        memory_reset[..., 0] = True
+        return Trajectories(obs, action, reward, terminated, truncated, mask, episode_start, memory_reset, logp, value)
 
     def _step(self, act):
-        env, batched = self.env, lambda x: self._tensor(x).reshape(*self.shape, *x.shape[1:])
-        live, obs = ~(env.terminated | env.truncated), batched(self.obs)
+        obs, live, begins = self._tensor(self.obs).view(*self.shape, -1), self.left > 0, self.begins
         out, self.memory = act(torch.cat([obs, self.past], -1), self.memory)
-        action = choose_action(out, None if self.noise is None else self.noise[:, :, self.taken])
-        logp = action_log_prob(out, action)
-        require_finite('action probabilities', logp, start=self.start)
-        self.obs, reward, terminated, truncated, _ = env.step(self.policy.to_env(action.cpu().numpy().reshape(env.num_envs, *action.shape[2:])))
-        reward = batched(reward)
-        if self.policy.config.history: self.past = history(self.policy, action, reward)
-        return obs, action, reward, batched(terminated & live), batched(truncated & live), batched(live), logp, out['value']
+        action, distribution = choose_action(out, self.noise[self.taken]), [out[k] for k in self.distribution]
+        if not distribution[0].sum().isfinite(): require_finite('action probabilities', distribution[0], start=self.start)
+        self.obs, *happened, _ = self.env.step(self.policy.to_env(action.cpu().numpy().reshape(self.env.num_envs, *action.shape[2:])))
+        reward, terminated, truncated = (x.reshape(self.shape) for x in happened)
+        over = terminated | truncated
+        self.left = self.left - (over & live)
+        self.begins = over & (self.left > 0)
+        if self.policy.config.history: self.past = history(self.policy, action, self._tensor(reward), self._tensor(self.begins))
+        return (obs, action, out['value'], *distribution), (reward, terminated & live, truncated & live, live, begins)
 
     @torch.no_grad()
     def recompute_memory(self,
@@ -198,16 +208,16 @@ def collect(
     policy: SSMMetaPolicy, # acts
     params: dict, # flat dict, each value [...] (one policy for all tasks) or [M, ...] (one per task)
     tasks: list, # M tasks
-    config: EnvConfig, # family, K = num_envs trajectories per task, T = time_limit, seed
+    config: EnvConfig, # family, K = num_envs trajectories per task, T = trial_length, seed
     purpose: str = 'action', # purpose of the stream of action noise
     key: tuple = (), # further key of that stream: outer step, adaptation step, ...
     start: int = 0, # global index of the first task
     deterministic: bool = False, # the most likely action instead of a sample
 ) -> Trajectories: # [M, K, T, ...]
-    "Whole episodes: K of each of M tasks, in one batch; memory is cut at the start of each."
-    return Rollout(policy, tasks, config, purpose, key, start, deterministic).run(params, config.time_limit)
+    "Whole trajectories: K of each of M tasks, in one batch; memory is cut at the start of each."
+    return Rollout(policy, tasks, config, purpose, key, start, deterministic).run(params, config.trial_length)
 
-# %% ../nbs/03_rollout.ipynb #030053
+# %% ../nbs/03_rollout.ipynb #030055
 def linear_baseline(
     traj: Trajectories, # of M tasks
     returns: Tensor, # discounted return from each step on, [M, K, T]
@@ -222,7 +232,7 @@ def linear_baseline(
     w = torch.linalg.solve(flat.mT @ flat + penalty, flat.mT @ y)  # [M, F, 1]
     return (flat @ w).view_as(returns)
 
-# %% ../nbs/03_rollout.ipynb #030059
+# %% ../nbs/03_rollout.ipynb #030061
 def gae(
     reward: Tensor, # [..., T], 0 where masked
     value: Tensor, # [..., T], 0 where masked
@@ -233,7 +243,7 @@ def gae(
     after = torch.cat([value[..., 1:], torch.zeros_like(value[..., :1])], -1)
     return discounted_sum(reward + gamma * after - value, gamma * lam)
 
-# %% ../nbs/03_rollout.ipynb #030063
+# %% ../nbs/03_rollout.ipynb #030065
 def normalise(
     x: Tensor, # [M, K, T]
     mask: Tensor, # bool [M, K, T]
@@ -253,7 +263,7 @@ def advantages(
     value = linear_baseline(traj, discounted_sum(reward, gamma))
     return normalise(gae(reward, value, gamma, lam), traj.mask).to(traj.reward.dtype)
 
-# %% ../nbs/03_rollout.ipynb #030067
+# %% ../nbs/03_rollout.ipynb #030069
 SURROGATES = ('ratio', 'dice', 'logprob')
 
 
@@ -278,7 +288,7 @@ def policy_surrogate(
     if clip is not None: gain = torch.minimum(gain, weight.clamp(1 - clip, 1 + clip) * advantage)
     return -masked_mean(gain, mask)
 
-# %% ../nbs/03_rollout.ipynb #030073
+# %% ../nbs/03_rollout.ipynb #030075
 def value_loss(
     value: Tensor, # predicted, with gradient, [M, K, T]
     returns: Tensor, # discounted return from each step on, [M, K, T]
