@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OUTER', 'MetaConfig', 'support_logp', 'inner_step', 'query_losses', 'returns_variance', 'MetaLearner',
-           'conjugate_gradient', 'trust_region', 'MetaMAML']
+           'conjugate_gradient', 'trust_region', 'MetaMAML', 'JointTraining']
 
 # %% ../nbs/04_maml.ipynb #040002
 from abc import ABC, abstractmethod
@@ -335,3 +335,16 @@ class MetaMAML(MetaLearner):
 
     def _adapted(self, support, changes={}):
         with torch.enable_grad(): return self.adapted(self.params | changes, support)[0]
+
+# %% ../nbs/04_maml.ipynb #040041
+class JointTraining(MetaLearner):
+    "One policy for all tasks, without thinking of adaptation."
+    def outer_step(self, tasks):
+        with self.all_or_nothing():
+            traj = collect(self.policy, self.params, tasks, self.env, key=(self.step, 0))
+            advantage = advantages(traj, self.config.gamma, self.config.gae_lambda)
+            for _ in range(self.config.outer_epochs):
+                loss, error, _ = query_losses(self.policy, self.params, traj, advantage, self.config)
+                self.descend(loss, error)
+            self.step += 1
+        return dict(pre_return=traj.returns.mean().item())
