@@ -36,6 +36,7 @@ class MetaConfig:
     inner_lr: float = 1e-2 # alpha, step size of adaptation
     outer_lr: float = 3e-3 # beta, step size of Adam on the meta-parameters
     first_order: bool = False # leave out second derivatives (FOMAML)
+    head: str = 'action.* log_std' # names of the parameters that ANIL adapts: patterns as of `fnmatch`, with blanks between
     surrogate: str = 'ratio' # inner loss: 'ratio' (LVC), 'dice' or 'logprob'
     gamma: float = 0.99 # discount of the advantages
     gae_lambda: float = 1.0 # lambda of GAE
