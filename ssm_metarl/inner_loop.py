@@ -21,9 +21,10 @@ def stack(
 def gradient_step(
     params: dict, # [M, ...], requiring gradients
     loss: Tensor, # of each task, a function of its own parameters alone, [M]
-    lr: float, # alpha, size of the step
+    lr: float | dict, # alpha, size of the step; or name -> size, a number or a tensor [...], of the parameters that move
     create_graph: bool = False, # True: the result can be differentiated back to `params`, through the gradient
 ) -> dict: # adapted parameters, [M, ...]
     "One step of gradient descent for each task, phi = theta - alpha grad L(theta) (Finn, Abbeel and Levine, ICML 2017)."
-    grads = torch.autograd.grad(loss.sum(), list(params.values()), create_graph=create_graph, allow_unused=True)
-    return {k: p if g is None else p - lr * g for (k, p), g in zip(params.items(), grads)}
+    lr = lr if isinstance(lr, dict) else dict.fromkeys(params, lr)
+    grads = torch.autograd.grad(loss.sum(), [params[k] for k in lr], create_graph=create_graph, retain_graph=True, allow_unused=True)  # the loss may be needed again
+    return params | {k: params[k] - lr[k] * g for k, g in zip(lr, grads) if g is not None}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OUTER', 'MetaConfig', 'support_logp', 'inner_step', 'query_losses', 'returns_variance', 'MetaLearner',
-           'conjugate_gradient', 'trust_region', 'MetaMAML']
+           'conjugate_gradient', 'trust_region', 'MetaMAML', 'JointTraining']
 
 # %% ../nbs/04_maml.ipynb #040002
 from abc import ABC, abstractmethod
@@ -36,6 +36,7 @@ class MetaConfig:
     inner_lr: float = 1e-2 # alpha, step size of adaptation
     outer_lr: float = 3e-3 # beta, step size of Adam on the meta-parameters
     first_order: bool = False # leave out second derivatives (FOMAML)
+    head: str = 'action.* log_std' # names of the parameters that ANIL adapts: patterns as of `fnmatch`, with blanks between
     surrogate: str = 'ratio' # inner loss: 'ratio' (LVC), 'dice' or 'logprob'
     gamma: float = 0.99 # discount of the advantages
     gae_lambda: float = 1.0 # lambda of GAE
@@ -81,11 +82,12 @@ def inner_step(
     advantage: Tensor = None, # [M, K, T], if known already
     create_graph: bool = False, # True: the result can be differentiated back to `params`, through the gradient
     logp: Tensor = None, # `support_logp`, if known already
+    lr: float | dict = None, # alpha, as for `gradient_step`; None: the config's
 ) -> dict: # adapted parameters, [M, ...]
     "One step of gradient descent for each task on the policy-gradient loss of its own trajectories, all tasks in one pass (Finn et al., ICML 2017)."
     advantage = advantages(traj, config.gamma, config.gae_lambda) if advantage is None else advantage
     logp = support_logp(policy, params, traj) if logp is None else logp
-    return gradient_step(params, policy_surrogate(logp, traj.logp, advantage, traj.mask, config.surrogate), config.inner_lr, create_graph)
+    return gradient_step(params, policy_surrogate(logp, traj.logp, advantage, traj.mask, config.surrogate), config.inner_lr if lr is None else lr, create_graph)
 
 # %% ../nbs/04_maml.ipynb #040010
 def query_losses(
@@ -123,8 +125,14 @@ class MetaLearner(ABC):
                  device: str = 'cpu'): # where
         self.policy, self.env, self.config = policy.to(device), env, config
         self.params = {k: v.requires_grad_() for k, v in policy.get_params().items()}  # meta-parameters theta
+        self.learned = dict(self.params)  # all that Adam moves and a state holds; a subclass may add to it
         self.step = 0  # outer steps done
-        self.optimizer = torch.optim.Adam(self.params.values(), lr=config.outer_lr)
+        self.optimizer = torch.optim.Adam(self.learned.values(), lr=config.outer_lr)
+
+    @property
+    def inner_lr(self) -> float | dict: # a number, or name -> size of the step, as for `gradient_step`
+        "Step sizes of adaptation. A subclass may have one for each parameter, and leave out those that are not adapted."
+        return self.config.inner_lr
 
     @abstractmethod
     def outer_step(self,
@@ -139,7 +147,7 @@ class MetaLearner(ABC):
         "One more gradient step of adaptation, for each task on its own trajectories."
         M = len(traj.obs)
         start = {k: v.detach().expand(M, *self.params[k].shape).requires_grad_() for k, v in params.items()}
-        return {k: v.detach() for k, v in inner_step(self.policy, start, traj, self.config).items()}
+        return {k: v.detach() for k, v in inner_step(self.policy, start, traj, self.config, lr=self.inner_lr).items()}
 
     def descend(self,
                 loss: Tensor, # of each task, [M], a function of `self.params`
@@ -162,8 +170,8 @@ class MetaLearner(ABC):
 
     def update(self) -> float: # norm of the gradient before clipping, without the value head
         "One step of Adam along the gradient that is there. Raises FloatingPointError, with no parameter changed, if it is not finite."
-        value_head = [v for k, v in self.params.items() if k.startswith('value.')]
-        norm = clip_grad_norm_([v for k, v in self.params.items() if not k.startswith('value.')], self.config.max_grad_norm)
+        value_head = [v for k, v in self.learned.items() if k.startswith('value.')]
+        norm = clip_grad_norm_([v for k, v in self.learned.items() if not k.startswith('value.')], self.config.max_grad_norm)
         value_norm = clip_grad_norm_(value_head, self.config.max_grad_norm)
         if not (norm + value_norm).isfinite():
             raise FloatingPointError(f'the meta-gradient has norm {norm:.3g} (value head {value_norm:.3g}), though all losses are finite; lower inner_lr={self.config.inner_lr}')
@@ -183,21 +191,21 @@ class MetaLearner(ABC):
 
     def state_dict(self) -> dict: # name -> array
         "Copies of all that training needs to go on: parameters, state of Adam, number of outer steps."
-        state = {'step': np.array(self.step)} | {f'params/{k}': v for k, v in self.params.items()}
-        for k, v in self.params.items(): state |= {f'optimizer/{k}/{name}': x for name, x in self.optimizer.state.get(v, {}).items()}
+        state = {'step': np.array(self.step)} | {f'params/{k}': v for k, v in self.learned.items()}
+        for k, v in self.learned.items(): state |= {f'optimizer/{k}/{name}': x for name, x in self.optimizer.state.get(v, {}).items()}
         return {k: v.detach().cpu().numpy().copy() if isinstance(v, Tensor) else v for k, v in state.items()}
 
     def load_state_dict(self,
                         state: dict): # from `state_dict`
         "Go on from there, bit for bit. Raises ValueError, with nothing changed, if the state belongs to another policy."
-        needed, given = ({k: tuple(v.shape) for k, v in x.items()} for x in (self.params, {k.removeprefix('params/'): v for k, v in state.items() if k.startswith('params/')}))
+        needed, given = ({k: tuple(v.shape) for k, v in x.items()} for x in (self.learned, {k.removeprefix('params/'): v for k, v in state.items() if k.startswith('params/')}))
         if wrong := sorted(k for k in needed | given if needed.get(k) != given.get(k)):
             raise ValueError(f'{wrong[0]} has shape {given.get(wrong[0])} in this state, and this policy needs {needed.get(wrong[0])}; make the policy with the config of the run that wrote it')
         with torch.no_grad():
-            for k, v in self.params.items(): v.copy_(torch.from_numpy(state[f'params/{k}']))
+            for k, v in self.learned.items(): v.copy_(torch.from_numpy(state[f'params/{k}']))
         self.step = int(state['step'])
         self.optimizer.state.clear()
-        for k, v in self.params.items():
+        for k, v in self.learned.items():
             prefix = f'optimizer/{k}/'
             own = {name.removeprefix(prefix): torch.from_numpy(x.copy()) for name, x in state.items() if name.startswith(prefix)}
             if own: self.optimizer.state[v] = {name: x if name == 'step' else x.to(v.device) for name, x in own.items()}
@@ -274,7 +282,7 @@ class MetaMAML(MetaLearner):
             logp = support_logp(self.policy, params, traj)
             change = (logp - traj.logp).masked_fill(~traj.mask, 0)
             if config.inner_kl: moved = moved + masked_mean(change.exp() - 1 - change, traj.mask) / len(support)  # an estimate that is never negative (Schulman 2020)
-            params = inner_step(self.policy, params, traj, config, advantage, create_graph=not config.first_order, logp=logp)
+            params = inner_step(self.policy, params, traj, config, advantage, create_graph=not config.first_order, logp=logp, lr=self.inner_lr)
         return params, moved
 
     def outer_loss(self,
@@ -328,3 +336,16 @@ class MetaMAML(MetaLearner):
 
     def _adapted(self, support, changes={}):
         with torch.enable_grad(): return self.adapted(self.params | changes, support)[0]
+
+# %% ../nbs/04_maml.ipynb #040041
+class JointTraining(MetaLearner):
+    "One policy for all tasks, without thinking of adaptation."
+    def outer_step(self, tasks):
+        with self.all_or_nothing():
+            traj = collect(self.policy, self.params, tasks, self.env, key=(self.step, 0))
+            advantage = advantages(traj, self.config.gamma, self.config.gae_lambda)
+            for _ in range(self.config.outer_epochs):
+                loss, error, _ = query_losses(self.policy, self.params, traj, advantage, self.config)
+                self.descend(loss, error)
+            self.step += 1
+        return dict(pre_return=traj.returns.mean().item())
