@@ -11,6 +11,7 @@ One CPU thread.
 """
 import argparse
 from dataclasses import replace
+from itertools import product
 
 import gymnasium as gym
 import numpy as np
@@ -120,12 +121,12 @@ def meta_steps(core, first_order, dtype=torch.float32):
 
 def cases():
     "Rows (name, ours, peer's name, peer)."
-    for first_order in (False, True):
-        order = 'first' if first_order else 'second'
-        ours = learner(first_order=first_order)
+    for first_order, compiled in product((False, True), (False, True)):
+        order = f'{"first" if first_order else "second"} order{", compiled" * compiled}'
+        ours = learner(first_order=first_order, compile=compiled)
         tasks = sample_tasks(ours.env, 20)
         envs = [SyncVectorEnv([lambda g=task['goal']: Point(g)] * 20, autoreset_mode=AutoresetMode.DISABLED) for task in tasks]
-        yield f'iteration, {order} order', lambda ours=ours, tasks=tasks: ours.outer_step(tasks), 'SyncVectorEnv and autograd, task by task', lambda ours=ours, envs=envs: loop_iteration(ours, envs)
+        yield f'iteration, {order}', lambda ours=ours, tasks=tasks: ours.outer_step(tasks), 'SyncVectorEnv and autograd, task by task', lambda ours=ours, envs=envs: loop_iteration(ours, envs)
     for core in ('ssm', 'gru'):
         for first_order in (False, True):
             for x, y in zip(*(f() for f in meta_steps(core, first_order, torch.float64))):

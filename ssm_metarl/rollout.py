@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from .envs import EnvBatch, EnvConfig, stream
 from .policy import SSMMetaPolicy, action_log_prob, choose_action
+from .ssm import scan
 
 # %% ../nbs/03_rollout.ipynb #030012
 def discounted_sum(
@@ -25,9 +26,8 @@ def discounted_sum(
     discount: float, # in [0, 1]
 ) -> Tensor: # [..., T]: at each t, x_t + discount x_{t+1} + discount^2 x_{t+2} + ...
     "Discounted sum of what is still to come."
-    out, total = torch.empty_like(x), torch.zeros_like(x[..., 0])
-    for t in reversed(range(x.shape[-1])): out[..., t] = total = x[..., t] + discount * total
-    return out
+    backwards = x.flip(-1).unsqueeze(-1)
+    return scan(backwards.new_full((1,), discount), backwards).squeeze(-1).flip(-1)
 
 # %% ../nbs/03_rollout.ipynb #030019
 def masked_mean(

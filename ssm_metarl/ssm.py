@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 # %% ../nbs/00_ssm.ipynb #000010
 def hippo_legs(
@@ -82,18 +83,23 @@ def _finite(x):  # 0 for what is not: in a poisoned past, which no loss depends 
 def _clean(x, reset):  # also 0 where a reset cut
     return x if reset is None else _finite(x.masked_fill(reset.unsqueeze(-1), 0))
 
+def _states(a: Tensor, b: Tensor, h0: Tensor | None, reset: Tensor | None, reverse: bool) -> Tensor:  # a [..., T or 1, N], b [..., T, N], h0 [..., N] (None in reverse), reset [..., T]
+    out = torch.empty(b.shape, dtype=b.dtype, device=b.device)
+    if not reverse: _recur(a, b, h0, reset, out, False)
+    else:
+        out[..., -1, :] = b[..., -1, :]
+        a_next, reset_next = a if a.shape[-2] == 1 else a[..., 1:, :], None if reset is None else reset[..., 1:]
+        if b.shape[-2] > 1: _recur(a_next, b[..., :-1, :], b[..., -1, :], reset_next, out[..., :-1, :], True)
+    return out
+
+_one_operation = torch.library.custom_op('ssm_metarl::states', _states, mutates_args=())  # for a compiler, which would unroll the loop
+_one_operation.register_fake(lambda a, b, h0, reset, reverse: torch.empty(b.shape, dtype=b.dtype, device=b.device))
+
 class _Scan(torch.autograd.Function):
     "h_t = a_t h_{t-1} + b_t; in reverse, as its gradient needs it, h_t = a_{t+1} h_{t+1} + b_t. Where reset_t, there is no way between t-1 and t."
 
     @staticmethod
-    def forward(a, b, h0, reset, reverse):  # a [..., T or 1, N], b [..., T, N], h0 [..., N] (None in reverse), reset [..., T] or None
-        out = torch.empty(b.shape, dtype=b.dtype, device=b.device)
-        if not reverse: _recur(a, b, h0, reset, out, False)
-        else:
-            out[..., -1, :] = b[..., -1, :]
-            a_next, reset_next = a if a.shape[-2] == 1 else a[..., 1:, :], None if reset is None else reset[..., 1:]
-            if b.shape[-2] > 1: _recur(a_next, b[..., :-1, :], b[..., -1, :], reset_next, out[..., :-1, :], True)
-        return out
+    def forward(a, b, h0, reset, reverse): return (_one_operation if isinstance(b, FakeTensor) else _states)(a, b, h0, reset, reverse)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -405,7 +411,7 @@ def read_npz(
     if written > version: raise ValueError(f'{path} has format_version {written}; this version of ssm_metarl reads up to {version}, update it')
     return header, arrays
 
-# %% ../nbs/00_ssm.ipynb #8acf58ad
+# %% ../nbs/00_ssm.ipynb #000059
 class Persistent(nn.Module):
     "A module with a `config`, whose parameters go to arrays or a file and come back bit for bit; a subclass names its `format` and `config_class`."
 
@@ -439,7 +445,7 @@ class Persistent(nn.Module):
         except (KeyError, TypeError, ValueError, StopIteration) as error: raise ValueError(f'{path} does not describe a {cls.__name__}: {error}') from error
         return module
 
-# %% ../nbs/00_ssm.ipynb #000059
+# %% ../nbs/00_ssm.ipynb #000061
 class SSM(Persistent):
     "A diagonal, multi-input multi-output state space layer (in the line of S5, Smith et al., ICLR 2023): a module around functions of a flat dict of parameters."
 
@@ -513,7 +519,7 @@ class SSM(Persistent):
         "The state after every step as real numbers: what test-time adaptation monitors."
         return to_real(self.stepper().states(x, self.initial_state(len(x)) if state is None else state, reset))
 
-# %% ../nbs/00_ssm.ipynb #000074
+# %% ../nbs/00_ssm.ipynb #000078
 def _check_forward(ssm, x):
     y, state = ssm(x)
     return y.shape == (*x.shape[:2], ssm.config.output_dim) and state.shape == (len(x), ssm.config.modes) and y.isfinite().all()

@@ -28,9 +28,9 @@ if 'MamlTestCorridor-v0' not in FAMILIES:
         def observe(self, state, tasks): return state.copy()
 
 
-def make(name='MetaGymToy-v0', history=False, seed=0, **kw):
+def make(name='MetaGymToy-v0', history=False, seed=0, state=2, **kw):
     env = EnvConfig(name, num_envs=K, time_limit=T, seed=seed)
-    policy = SSMMetaPolicy(env.family.observation_space, env.family.action_space, PolicyConfig(4, 2, history=history), seed).double()
+    policy = SSMMetaPolicy(env.family.observation_space, env.family.action_space, PolicyConfig(4, state, history=history), seed).double()
     return MetaMAML(policy, env, MetaConfig(tasks_per_batch=M, **dict(inner_lr=.3) | kw))
 
 
@@ -330,3 +330,33 @@ def test_the_penalty_is_nothing_in_the_first_epoch():
         for v in tied.params.values(): v += .05
     data = trajectories(make())
     assert tied.adapted(tied.params, data[0])[1].min() > 0
+
+
+@pytest.mark.parametrize('case', [dict(), dict(first_order=True, inner_steps=2), dict(surrogate='dice', inner_kl=.5, tasks_per_chunk=2)])
+@pytest.mark.parametrize('history', [False, True])
+def test_the_traced_meta_gradient_is_that_of_autograd(case, history):
+    from ssm_metarl.compiling import Compiled
+    plain, traced = make(history=history, **case), make(history=history, compile=True, **case)
+    traced._compiled = Compiled(traced._gradient, 'eager')  # inductor itself: below
+    for step in range(2):
+        assert traced.outer_step(tasks_of(traced, step)) == pytest.approx(plain.outer_step(tasks_of(plain, step)), rel=1e-10, abs=1e-10)
+    assert len(traced._compiled.graphs) == (2 if 'tasks_per_chunk' in case else 1)  # no graph is traced twice
+    assert_same({k: v.round(10) + 0 for k, v in plain.state_dict().items()}, {k: v.round(10) + 0 for k, v in traced.state_dict().items()})
+
+
+def test_the_compiled_meta_gradient_is_of_second_order():
+    compiled, second, first = (make(state=4, max_grad_norm=1e9, outer_epochs=1, **case) for case in (dict(compile=True), dict(), dict(first_order=True)))
+    for learner in (compiled, second, first): learner.outer_step(tasks_of(learner))
+    slopes = [torch.cat([p.grad.flatten() for p in learner.params.values() if p.grad is not None]) for learner in (compiled, second, first)]
+    torch.testing.assert_close(slopes[0], slopes[1], rtol=1e-10, atol=1e-10)
+    assert (slopes[2] - slopes[1]).norm() > 1e-3 * slopes[1].norm()
+
+
+def test_the_compiled_step_names_tasks_that_are_not_finite_and_changes_nothing(monkeypatch):
+    from ssm_metarl.compiling import Compiled
+    learner = make(compile=True, tasks_per_chunk=2)
+    learner._compiled = Compiled(learner._gradient, 'eager')
+    before = learner.state_dict()
+    error, match = poison_query(learner, monkeypatch)
+    with pytest.raises(error, match=match): learner.outer_step(tasks_of(learner))
+    assert_same(before, learner.state_dict())
