@@ -17,9 +17,9 @@ from .maml import MetaConfig, MetaMAML, query_losses
 from .policy import SSMMetaPolicy
 from .rollout import Trajectories
 
-# %% ../nbs/04a_relatives.ipynb #04a0014
+# %% ../nbs/04a_relatives.ipynb #04a0015
 class Reptile(MetaMAML):
-    "Move the start towards where several inner steps lead (Nichol, Achiam and Schulman, 2018), by Adam on (theta - phi) / alpha. It knows no second derivatives, no clip and no entropy bonus. Raises ValueError for one inner step, or a trust region."
+    "Move the start towards where several inner steps lead (Nichol, Achiam and Schulman, 2018), by one step of Adam along (theta - phi) / alpha for each batch, whatever the config says of epochs, clip, penalties and second derivatives. Raises ValueError for one inner step, or a trust region."
 
     def __init__(self,
                  policy: SSMMetaPolicy, # functional form; its parameters are where training starts
@@ -27,23 +27,23 @@ class Reptile(MetaMAML):
                  config: MetaConfig = MetaConfig(inner_steps=2), # how to train; two inner steps or more
                  device: str = 'cpu'): # where
         if config.inner_steps < 2: raise ValueError(f'inner_steps={config.inner_steps}: Reptile with one inner step is joint training; take 2 or more')
-        if config.outer != 'ppo': raise ValueError(f"outer={config.outer!r} needs a query loss, and Reptile has none; take 'ppo', which is then Adam on the distance")
-        super().__init__(policy, env, replace(config, first_order=True), device)
+        if config.outer != 'ppo': raise ValueError(f"outer={config.outer!r} needs a query loss, and Reptile has none; take 'ppo', for Adam")
+        super().__init__(policy, env, replace(config, first_order=True, outer_epochs=1), device)
 
     def outer_loss(self,
                    support: list, # of (trajectories, advantage), one for each inner step
                    query: Trajectories, # of the adapted policies, for the value head
                    advantage: Tensor, # of the query, [M, K, T]
                    scale: Tensor = None, # as for `query_losses`
-                  ) -> tuple: # half the squared distance over alpha, and ProMP's penalty [M]; error of the value head [M]; KL divergence [M]
+                  ) -> tuple: # half the squared distance over alpha [M]; error of the value head [M]; KL divergence [M]
         "How far adaptation leads away, as a function of the start."
-        adapted, moved = self.adapted(self.params, support)
+        adapted, _ = self.adapted(self.params, support)
         fixed = {k: v if k.startswith('value.') else v.detach() for k, v in adapted.items()}
         distance = sum(((self.params[k] - v.detach())**2).flatten(1).sum(1) for k, v in adapted.items())
         _, error, kl = query_losses(self.policy, fixed, query, advantage, self.config, scale)
-        return distance / (2 * self.config.inner_lr) + self.config.inner_kl * moved, error, kl
+        return distance / (2 * self.config.inner_lr), error, kl
 
-# %% ../nbs/04a_relatives.ipynb #04a0019
+# %% ../nbs/04a_relatives.ipynb #04a0020
 class ANIL(MetaMAML):
     "Almost no inner loop (Raghu et al., ICLR 2020): MAML that adapts the parameters which `config.head` names. Raises ValueError if the inner loss depends on none of them."
 
@@ -60,7 +60,7 @@ class ANIL(MetaMAML):
         "Step sizes of the head."
         return {k: self.config.inner_lr for k in self.params if any(fnmatchcase(k, pattern) for pattern in self.config.head.split())}
 
-# %% ../nbs/04a_relatives.ipynb #04a0024
+# %% ../nbs/04a_relatives.ipynb #04a0025
 class MetaSGD(MetaMAML):
     "MAML that learns a step size of adaptation for every number, from `config.inner_lr` on (Li et al., 2017). Raises ValueError for a trust region, which would not move them."
 
@@ -79,5 +79,5 @@ class MetaSGD(MetaMAML):
         "Learned step sizes of adaptation."
         return {k.removeprefix('inner_lr.'): v for k, v in self.learned.items() if k.startswith('inner_lr.')}
 
-# %% ../nbs/04a_relatives.ipynb #04a0029
+# %% ../nbs/04a_relatives.ipynb #04a0030
 LEARNERS = {'maml': MetaMAML, 'reptile': Reptile, 'anil': ANIL, 'meta-sgd': MetaSGD}  # meta-learners by name
