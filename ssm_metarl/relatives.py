@@ -19,7 +19,7 @@ from .rollout import Trajectories
 
 # %% ../nbs/04a_relatives.ipynb #04a0015
 class Reptile(MetaMAML):
-    "Move the start towards where several inner steps lead (Nichol, Achiam and Schulman, 2018), by one step of Adam along (theta - phi) / alpha for each batch, whatever the config says of epochs, clip, penalties and second derivatives. Raises ValueError for one inner step, or a trust region."
+    "Move the start towards where several inner steps lead (Nichol, Achiam and Schulman, 2018), by Adam along (theta - phi) / alpha; second derivatives, clip and entropy bonus have no part in it. Raises ValueError for one inner step, or a trust region."
 
     def __init__(self,
                  policy: SSMMetaPolicy, # functional form; its parameters are where training starts
@@ -28,20 +28,20 @@ class Reptile(MetaMAML):
                  device: str = 'cpu'): # where
         if config.inner_steps < 2: raise ValueError(f'inner_steps={config.inner_steps}: Reptile with one inner step is joint training; take 2 or more')
         if config.outer != 'ppo': raise ValueError(f"outer={config.outer!r} needs a query loss, and Reptile has none; take 'ppo', for Adam")
-        super().__init__(policy, env, replace(config, first_order=True, outer_epochs=1), device)
+        super().__init__(policy, env, replace(config, first_order=True), device)
 
     def outer_loss(self,
                    support: list, # of (trajectories, advantage), one for each inner step
                    query: Trajectories, # of the adapted policies, for the value head
                    advantage: Tensor, # of the query, [M, K, T]
                    scale: Tensor = None, # as for `query_losses`
-                  ) -> tuple: # half the squared distance over alpha [M]; error of the value head [M]; KL divergence [M]
+                  ) -> tuple: # half the squared distance over alpha, with ProMP's penalty [M]; error of the value head [M]; KL divergence [M]
         "How far adaptation leads away, as a function of the start."
-        adapted, _ = self.adapted(self.params, support)
+        adapted, moved = self.adapted(self.params, support)
         fixed = {k: v if k.startswith('value.') else v.detach() for k, v in adapted.items()}
         distance = sum(((self.params[k] - v.detach())**2).flatten(1).sum(1) for k, v in adapted.items())
         _, error, kl = query_losses(self.policy, fixed, query, advantage, self.config, scale)
-        return distance / (2 * self.config.inner_lr), error, kl
+        return distance / (2 * self.config.inner_lr) + self.config.inner_kl * moved, error, kl
 
 # %% ../nbs/04a_relatives.ipynb #04a0020
 class ANIL(MetaMAML):

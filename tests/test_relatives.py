@@ -178,7 +178,7 @@ def test_a_step_size_that_is_not_finite_is_refused():
 
 
 def test_reptile_finds_the_start_that_is_near_to_all_ends():
-    "Where there is nothing to learn from, nothing moves; and its config is the caller's but for second derivatives."
+    "Where there is nothing to learn from, the start stays; and its config is the caller's but for second derivatives."
     learner = make('reptile', inner_steps=2)
     (support, query, advantage), start = trajectories(learner), {k: v.detach().clone() for k, v in learner.params.items()}
     loss, _, kl = learner.outer_loss([(t, torch.zeros_like(a)) for t, a in support], query, advantage)
