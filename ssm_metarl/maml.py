@@ -10,7 +10,7 @@ __all__ = ['OUTER', 'MetaConfig', 'support_logp', 'inner_step', 'query_losses', 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 
 import numpy as np
@@ -48,6 +48,7 @@ class MetaConfig:
     inner_kl: float = 0.0 # penalty on how far the policies that collected support trajectories move during the epochs (ProMP's eta)
     max_kl: float = 0.01 # radius of the trust region (TRPO), in nats; clip and outer_epochs are for PPO
     entropy_coef: float = 0.0 # bonus for a wide action distribution
+    entropy_fade: float = 0.0 # share of the training in which the bonus falls to 0 in a straight line; 0: it stays
     max_grad_norm: float = 1.0 # clipping of the meta-gradient
     tasks_per_chunk: int = 0 # how many tasks are differentiated at once, to save memory; 0: all
     compile: bool = False # compile the meta-gradient: a minute at the start, then about two thirds of the time; needs a C++ compiler
@@ -59,11 +60,12 @@ class MetaConfig:
         require(lambda v: isinstance(v, int) and v >= 1, 'a positive integer', 'outer_steps', 'tasks_per_batch', 'inner_steps', 'outer_epochs')
         require(lambda v: v <= MAX_TASKS, f'at most {MAX_TASKS:,}', 'tasks_per_batch')
         require(lambda v: 0 < v and isfinite(v), 'positive and finite', 'inner_lr', 'outer_lr', 'clip', 'max_kl', 'max_grad_norm')
-        require(lambda v: 0 <= v <= 1, 'between 0 and 1', 'gamma', 'gae_lambda')
+        require(lambda v: 0 <= v <= 1, 'between 0 and 1', 'gamma', 'gae_lambda', 'entropy_fade')
         require(lambda v: 0 <= v and isfinite(v), 'finite and at least 0', 'entropy_coef', 'inner_kl')
         require(lambda v: isinstance(v, int) and v >= 0, 'an integer of at least 0', 'tasks_per_chunk')
         require(lambda v: v in OUTER, f'one of {OUTER}', 'outer')
         require(lambda v: v in SURROGATES, f'one of {SURROGATES}', 'surrogate')
+        if self.compile and self.entropy_fade: raise ValueError(f'compile=True makes the weight of the entropy a constant, so it cannot fade; set entropy_fade={self.entropy_fade} to 0, or compile to False')
         if self.outer == 'trpo' and (self.tasks_per_chunk or self.inner_kl or self.compile):
             raise ValueError(f"outer='trpo' takes all tasks at once, has a region instead of a penalty, and is not compiled; tasks_per_chunk={self.tasks_per_chunk}, inner_kl={self.inner_kl} and compile={self.compile} must be 0, 0 and False")
 
@@ -99,13 +101,14 @@ def query_losses(
     query: Trajectories, # of M tasks
     advantage: Tensor, # [M, K, T]
     config: MetaConfig, # clip, entropy_coef, gamma
-    scale: Tensor = None, # variance of the returns of all tasks; None: of these
+    scale: Tensor = None, # unit of the value head's squared error; None: the variance of these tasks' returns
+    returns: Tensor = None, # what the value head should say, [M, K, T]; None: the discounted returns
 ) -> tuple: # loss [M]; error of the value head [M]; KL divergence from the policy that acted [M]
     "How well M policies do, judged by trajectories: clipped ratio (PPO; Schulman et al., 2017) with entropy bonus, and the value head's error."
     out = policy.functional(params, policy_inputs(policy, query), reset=query.memory_reset)
     logp = action_log_prob(out, query.action)
     loss = policy_surrogate(logp, query.logp, advantage, query.mask, clip=config.clip) - config.entropy_coef * masked_mean(entropy(out), query.mask)
-    returns = discounted_sum(query.reward.masked_fill(~query.mask, 0), config.gamma)
+    if returns is None: returns = discounted_sum(query.reward.masked_fill(~query.mask, 0), config.gamma)
     error = value_loss(out['value'], returns, query.mask) / (returns_variance(query, config.gamma) if scale is None else scale)
     return loss, error, masked_mean(query.logp - logp, query.mask)
 
@@ -161,6 +164,13 @@ class MetaLearner(ABC):
         M = len(traj.obs)
         start = {k: v.detach().expand(M, *self.params[k].shape).requires_grad_() for k, v in params.items()}
         return {k: v.detach() for k, v in inner_step(self.policy, start, traj, self.config, lr=self.inner_lr).items()}
+
+    @property
+    def config_now(self) -> MetaConfig:
+        "The config, with what is left of the entropy bonus at this step."
+        if not self.config.entropy_fade: return self.config
+        left = max(1 - self.step / (self.config.entropy_fade * self.config.outer_steps), 0)
+        return replace(self.config, entropy_coef=left * self.config.entropy_coef)
 
     def descend(self,
                 loss: Tensor, # of each task, [M], a function of `self.params`
@@ -306,7 +316,7 @@ class MetaMAML(MetaLearner):
                   ) -> tuple: # as `query_losses`
         "How the adapted policies do on their query trajectories, as a function of the meta-parameters; with ProMP's penalty (Rothfuss et al., ICLR 2019)."
         params, moved = self.adapted(self.params, support)
-        loss, error, kl = query_losses(self.policy, params, query, advantage, self.config, scale)
+        loss, error, kl = query_losses(self.policy, params, query, advantage, self.config_now, scale)
         return loss + self.config.inner_kl * moved, error, kl
 
     def outer_epoch(self, support, query, advantage):  # one step of Adam, chunk by chunk
@@ -354,7 +364,7 @@ class MetaMAML(MetaLearner):
         with torch.no_grad(): before = act({k: v.detach() for k, v in self._adapted(support).items()})
         def loss_and_kl(flat):
             out = act(self._adapted(support, dict(zip(names, flat))))
-            loss = policy_surrogate(action_log_prob(out, query.action), query.logp, advantage, query.mask) - self.config.entropy_coef * masked_mean(entropy(out), query.mask)
+            loss = policy_surrogate(action_log_prob(out, query.action), query.logp, advantage, query.mask) - self.config_now.entropy_coef * masked_mean(entropy(out), query.mask)
             return loss, masked_mean(kl_divergence(before, out), query.mask)
         new, loss, kl, norm = trust_region(loss_and_kl, [self.params[k].detach().requires_grad_() for k in names], self.config.max_kl)
         error = query_losses(self.policy, {k: v.detach() for k, v in self._adapted(support).items()} | {k: self.params[k] for k in self.params if k.startswith('value.')}, query, advantage, self.config)[1]
@@ -370,13 +380,22 @@ class MetaMAML(MetaLearner):
 
 # %% ../nbs/04_maml.ipynb #040043
 class JointTraining(MetaLearner):
-    "One policy for all tasks, without thinking of adaptation."
+    "One policy for all tasks, without thinking of adaptation: policy gradients (PPO; with one epoch, an advantage actor-critic)."
+
+    def targets(self,
+                traj: Trajectories, # of M tasks
+               ) -> tuple: # advantages [M, K, T]; what the value head should say [M, K, T], or None for the returns; unit of its squared error, or None
+        "What a step of training learns from."
+        return advantages(traj, self.config.gamma, self.config.gae_lambda), None, None
+
     def outer_step(self, tasks):
         with self.all_or_nothing():
-            traj = collect(self.policy, self.params, tasks, self.env, key=(self.step, 0))
-            advantage = advantages(traj, self.config.gamma, self.config.gae_lambda)
+            traj = collect(self.policy, {k: v.detach() for k, v in self.params.items()}, tasks, self.env, key=(self.step, 0))
+            require_finite('rewards', traj.reward.masked_fill(~traj.mask, 0))
+            advantage, returns, scale = self.targets(traj)
             for _ in range(self.config.outer_epochs):
-                loss, error, _ = query_losses(self.policy, self.params, traj, advantage, self.config)
-                self.descend(loss, error)
+                loss, error, kl = query_losses(self.policy, self.params, traj, advantage, self.config_now, scale, returns)
+                norm = self.descend(loss, error)
             self.step += 1
-        return dict(pre_return=traj.returns.mean().item())
+        score = traj.returns.mean().item()
+        return dict(pre_return=score, post_return=score, loss=loss.mean().item(), grad_norm=norm, kl=kl.mean().item(), env_steps=traj.num_steps)
