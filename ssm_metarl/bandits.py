@@ -51,6 +51,7 @@ class Bandit(Family):
     def observe(self, state, tasks): return state
     def nothing(self, state, tasks): return np.zeros(len(state), int)
     def oracle(self, state, tasks): return tasks['chance'].argmax(1)
+    def expected_reward(self, obs, action, tasks): return np.take_along_axis(tasks['chance'], action, 1)
 
 # %% ../nbs/02b_bandits.ipynb #02b0012
 def random_arm(
@@ -278,6 +279,7 @@ class TabularMDP(Family):
     def observe(self, state, tasks): return np.eye(self.states, dtype=np.float32)[state[:, 0]]
     def nothing(self, state, tasks): return np.zeros(len(state), int)
     def oracle(self, state, tasks): return tasks['plan'][np.arange(len(state)), np.minimum(state[:, 1], self.horizon - 1), state[:, 0]]
+    def expected_reward(self, obs, action, tasks): return tasks['mean_reward'][np.arange(len(action))[:, None], obs.argmax(-1), action]
 
 # %% ../nbs/02b_bandits.ipynb #02b0066
 def play_plan(

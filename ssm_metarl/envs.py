@@ -95,6 +95,14 @@ class Family:
         "Action of someone who knows the task (optional: a reference for scores)."
         raise NotImplementedError
 
+    def expected_reward(self,
+                        obs: np.ndarray, # what was seen before each step, [N, T, O]
+                        action: np.ndarray, # what was done, [N, T, A], or int [N, T]
+                        tasks: dict, # field -> [N, ...]
+                       ) -> np.ndarray: # [N, T]
+        "Mean of the reward that such a step brings (optional: it takes the luck of single rewards out of a score)."
+        raise NotImplementedError
+
 # %% ../nbs/02_envs.ipynb #020016
 FAMILIES = {  # name -> class, or the module of this library that registers it
     'MetaGymToy-v0': 'envs', 'MetaBandit-v0': 'bandits', 'MetaTabularMDP-v0': 'bandits', 'MetaCartPole-v0': 'control', 'MetaPendulum-v0': 'control',
