@@ -139,7 +139,7 @@ CONFIGS = {
     ),
 }
 
-
+# %% ../nbs/08_pipeline.ipynb #080014
 def learn_in_memory(
     env_name: str, # family
     env_options: dict, # of the family
@@ -162,7 +162,7 @@ CONFIGS |= {
     'mdp-10': learn_in_memory('MetaTabularMDP-v0', {}, 10, 800, episodes_per_trial=10),
 }
 
-# %% ../nbs/08_pipeline.ipynb #080014
+# %% ../nbs/08_pipeline.ipynb #080017
 def config_from_dict(
     base, # a config dataclass: fields that are not given stay as they are here
     data: dict, # field -> value, nested like the config
@@ -193,7 +193,7 @@ def load_config(
     except OSError as error: raise ValueError(f'config={name!r} cannot be read: {error.strerror}') from None
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error: raise ValueError(f'config={name!r} is not valid TOML: {error}') from None
 
-# %% ../nbs/08_pipeline.ipynb #080018
+# %% ../nbs/08_pipeline.ipynb #080021
 FORMAT, FORMAT_VERSION = 'ssm_metarl checkpoint', 1
 
 
@@ -219,7 +219,7 @@ def load_checkpoint(
         return config_from_dict(ExperimentConfig(), header['config']), state
     except (ValueError, KeyError) as error: raise CheckpointError(f'checkpoint: {error}') from None
 
-# %% ../nbs/08_pipeline.ipynb #080020
+# %% ../nbs/08_pipeline.ipynb #080023
 def check_device(
     device: str, # cpu, cuda, cuda:1, ...
 ):
@@ -241,7 +241,7 @@ def make_learner(
         except (ValueError, KeyError) as error: raise CheckpointError(f'the checkpoint does not fit the config; leave out --config to use its own ({error})') from None
     return learner
 
-# %% ../nbs/08_pipeline.ipynb #080026
+# %% ../nbs/08_pipeline.ipynb #080029
 def writable_folder(
     path: Path, # to be made if it is not there
 ) -> Path:
@@ -296,7 +296,7 @@ def resume_state(
         raise CheckpointError(f'{latest} comes from a run with other settings; give the same ones, or another --ckpt-dir, or leave out --resume')
     return state
 
-# %% ../nbs/08_pipeline.ipynb #080027
+# %% ../nbs/08_pipeline.ipynb #080030
 def train(
     config: ExperimentConfig, # what to train
     ckpt_dir: Path = 'checkpoints', # where checkpoints and the log go
@@ -330,7 +330,7 @@ def train(
     return dict(outer_steps=learner.step, wall_s=history[-1]['wall_s'], env_steps=sum(line['env_steps'] for line in history),
                 final_pre_return=recent('pre_return'), final_post_return=recent('post_return'), checkpoint=str(latest))
 
-# %% ../nbs/08_pipeline.ipynb #080035
+# %% ../nbs/08_pipeline.ipynb #080038
 def load_learner(
     checkpoint: Path, # written by `train`
     config: ExperimentConfig = None, # None: the one in the checkpoint
@@ -385,7 +385,7 @@ def evaluate(
     returns = evaluate_returns(policy, stack(params, episodes), tasks, config.env, deterministic)
     return dict(mean_return=float(returns.mean()), std_return=float(returns.std()), episodes=episodes) | reference_row(reference_returns(tasks, config.env))
 
-# %% ../nbs/08_pipeline.ipynb #080038
+# %% ../nbs/08_pipeline.ipynb #080041
 def choose_trajectories(
     which: Tensor, # bool [M]
     these: Trajectories, # of M tasks
@@ -395,7 +395,7 @@ def choose_trajectories(
     pick = lambda a, b: torch.where(per_task(which, a), a, b)
     return Trajectories(**{f.name: pick(getattr(these, f.name), getattr(those, f.name)) for f in fields(these)})
 
-# %% ../nbs/08_pipeline.ipynb #080041
+# %% ../nbs/08_pipeline.ipynb #080044
 @dataclass
 class AdaptationResult:
     "What adaptation did to M tasks."
@@ -414,7 +414,7 @@ class AdaptationResult:
         return dict(pre_return=float(pre.mean()), post_return=float(post.mean())) | compare(pre, post, self.references.get('oracle')) | dict(
             returns_by_step=[float(x) for x in self.returns_by_step.mean(1)], episodes=len(self.tasks)) | reference_row(self.references)
 
-# %% ../nbs/08_pipeline.ipynb #080042
+# %% ../nbs/08_pipeline.ipynb #080045
 def policy_batch(
     policy: SSMMetaPolicy, # says what it sees
     traj: Trajectories, # experience to learn from
@@ -446,7 +446,7 @@ def adaptation_functions(
     fwd = lambda batch: policy.functional(params(), batch['inputs'], reset=batch['memory_reset'])
     return dict(loss_fn=MetaRLHook(adapter, meta.surrogate).policy_loss, fwd_fn=fwd)
 
-# %% ../nbs/08_pipeline.ipynb #080046
+# %% ../nbs/08_pipeline.ipynb #080051
 def adapt_policy(
     policy: SSMMetaPolicy, # functional form
     params: dict, # meta-parameters, [...]
@@ -482,7 +482,7 @@ def adapt_policy(
     return AdaptationResult(tasks, array(returns).astype(float), reference_returns(tasks, env), before, after, array(drift), array(kept),
                             {k: v.detach().clone() for k, v in adapter.params.items()})
 
-# %% ../nbs/08_pipeline.ipynb #080048
+# %% ../nbs/08_pipeline.ipynb #080053
 def online_episode(
     policy: SSMMetaPolicy, # functional form
     adapter: Adapter, # holds the parameters of M tasks
@@ -518,7 +518,7 @@ def online_advantages(
     reward = (traj.reward * new).masked_fill(last, 0) + value * last  # at the last step the estimate is the value itself
     return normalise(gae(reward, value * (new | last), meta.gamma, meta.gae_lambda), new)
 
-# %% ../nbs/08_pipeline.ipynb #080049
+# %% ../nbs/08_pipeline.ipynb #080054
 def evaluate_with_adaptation(
     checkpoint: Path, # written by `train`
     config: ExperimentConfig = None, # None: the one in the checkpoint
@@ -539,7 +539,7 @@ def evaluate_with_adaptation(
     tasks = sample_tasks(config.env, episodes, split or config.env.tasks.test_split)
     return adapt_policy(learner.policy, {k: v.detach() for k, v in learner.params.items()}, tasks, config.env, config.meta, replace(config.adapt, **changes), deterministic, progress, learner.inner_lr)
 
-# %% ../nbs/08_pipeline.ipynb #080060
+# %% ../nbs/08_pipeline.ipynb #080065
 @dataclass(frozen=True)
 class Experiment:
     "Variants of one config, compared on the same terms."
@@ -566,7 +566,7 @@ EXPERIMENTS = {
                         published={'MAML (Finn et al. 2017)': [-40.41, -11.68, -3.33, -3.23], 'context vector (Finn et al. 2017)': [-42.42, -13.90, -5.17, -3.18]}),
 }
 
-
+# %% ../nbs/08_pipeline.ipynb #080067
 MEMORIES = {'SSM': {}, 'GRU': {'policy': {'core': 'gru'}}, 'no memory': {'policy': {'core': 'none'}}}
 EXPERIMENTS |= {'nav2d-rotated': Experiment(CONFIGS['nav2d-rotated'], MEMORIES)}
 EXPERIMENTS |= {name: Experiment(CONFIGS[name], MEMORIES, validation=0, score_tasks=20_000) for name in ('bandit-dependent', 'bandit-independent', 'bandit-10-5', 'bandit-100-5')}
@@ -591,7 +591,7 @@ def trial_scores(
             scores[split][name] = {k: [round(float(v.mean()), 4), round(float(v.std() / len(v)**.5), 4)] for k, v in values.items()}
     return scores
 
-
+# %% ../nbs/08_pipeline.ipynb #080068
 def run_variant(
     experiment: Experiment, # what to run
     config: ExperimentConfig, # of this run: a variant with a seed
@@ -630,7 +630,7 @@ def experiment_table(
                           references={k: round(float(np.mean([row['references'][k] for row in mine])), 3) for k in mine[0]['references']}))
     return table
 
-# %% ../nbs/08_pipeline.ipynb #080062
+# %% ../nbs/08_pipeline.ipynb #080070
 def write_text_whole(
     path: Path, # of the file
     text: str, # its content
@@ -690,7 +690,7 @@ def _gather(name, experiment, rows, about, episodes, meta):  # all results in a 
     write_text_whole(rows.parent / 'results.json', json.dumps(results, indent=1) + '\n')
     return results
 
-# %% ../nbs/08_pipeline.ipynb #080067
+# %% ../nbs/08_pipeline.ipynb #080075
 INTEGER, NUMBER, TEXT, FILE = (tyro.conf.arg(metavar=kind) for kind in ('INT', 'FLOAT', 'STR', 'PATH'))
 
 
@@ -787,7 +787,7 @@ class RunExperiment:
                 for split, ways in scores.items(): print(f'{row["variant"]:>12}: seed {seed}, {split} tasks, without gradient steps: ' + ', '.join(f'{way} {name} {value:.3f} ± {error:.3f}' for way, values in ways.items() for name, (value, error) in values.items()), file=sys.stderr)
         return {row['variant']: row['iqm'] for row in results['table']} | dict(results=str(self.out / self.name / 'results.json'))
 
-# %% ../nbs/08_pipeline.ipynb #080069
+# %% ../nbs/08_pipeline.ipynb #080077
 def config_flag(
     argv: list, # words of the command line
 ) -> str: # value of --config, or 'basic'
@@ -825,7 +825,7 @@ def parse(
         if not stop.code: raise
         raise ValueError(f'{one_line(message.getvalue())} (--help lists what there is)') from None
 
-# %% ../nbs/08_pipeline.ipynb #080071
+# %% ../nbs/08_pipeline.ipynb #080079
 def show(
     value, # a number, a text, or a list of numbers
 ) -> str:
