@@ -159,3 +159,25 @@ def test_what_is_wrong_is_said_in_one_line(words, status, message, trained, tmp_
 def test_a_process_ends_with_that_status(words, status):
     done = run(*words.split())
     assert (done.returncode, done.stdout, done.stderr.count('\n')) == (status, '', 1)
+
+
+def here(capsys, *words):  # the same program, without a process of its own
+    status = main([str(word) for word in words])
+    out, err = capsys.readouterr()
+    assert status == 0, err
+    return json.loads(out.splitlines()[-1])
+
+
+@pytest.mark.parametrize('words', [
+    ('--learner', 'reptile', '--meta.inner-steps', 2), ('--learner', 'anil'), ('--learner', 'meta-sgd'), ('--learner', 'rl2', '--policy.history', '--episodes-per-trial', 2),
+    ('--config', 'bandit-dependent'), ('--config', 'mdp-10', '--episodes-per-trial', 3), ('--config', 'nav2d-rotated')])
+def test_every_learner_trains_goes_on_evaluates_and_adapts(words, tmp_path, capsys):
+    sizes = '--tasks-per-batch', 3, '--num-envs', 2, '--time-limit', 6, '--seed', 5, '--ckpt-dir', tmp_path
+    total = 2 if '--config' in words else 3  # where the outer rate decays, the number of steps is part of the run
+    here(capsys, 'train', *words, *sizes, '--outer-steps', 2)
+    assert here(capsys, 'train', *words, *sizes, '--outer-steps', total, '--resume')['outer_steps'] == total
+    checkpoint = tmp_path / 'latest.npz'
+    before = here(capsys, 'eval', '--checkpoint', checkpoint, '--episodes', 4)
+    after = here(capsys, 'adapt', '--checkpoint', checkpoint, '--episodes', 4, '--adapt-steps', 2, '--online', '--figure', tmp_path / 'a.png')
+    assert after['pre_return'] == before['mean_return'] == after['returns_by_step'][0] and len(after['returns_by_step']) == 3
+    assert {k: v for k, v in before.items() if k in REFERENCES} == {k: v for k, v in after.items() if k in REFERENCES}
