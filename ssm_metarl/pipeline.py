@@ -158,7 +158,7 @@ CONFIGS |= {
     'bandit-dependent': learn_in_memory('MetaBandit-v0', {'arms': 2, 'dependent': True}, 30, 300),
     'bandit-independent': learn_in_memory('MetaBandit-v0', {'arms': 2}, 30, 600),
     'bandit-10-5': learn_in_memory('MetaBandit-v0', {'arms': 5}, 10, 1500),
-    'bandit-100-5': learn_in_memory('MetaBandit-v0', {'arms': 5}, 100, 800),
+    'bandit-100-5': learn_in_memory('MetaBandit-v0', {'arms': 5}, 100, 2000, tasks_per_batch=64, gae_lambda=0.98, entropy_coef=0.03),
     'mdp-10': learn_in_memory('MetaTabularMDP-v0', {}, 10, 800, episodes_per_trial=10),
 }
 
