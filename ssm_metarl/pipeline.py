@@ -303,9 +303,9 @@ def train(
     resume: bool = False, # go on from `latest.npz` there, if there is one
     device: str = 'cpu', # where to compute
     progress: bool = True, # show a bar on stderr
-) -> dict: # outer_steps, wall_s, env_steps, final_pre_return and final_post_return (means of the last 10 steps), checkpoint
+) -> dict: # outer_steps, wall_s, cpu_s (of this process), env_steps, final_pre_return and final_post_return (means of the last 10 steps), checkpoint
     "Meta-train: `step_N.npz` every 10 outer steps, `latest.npz` with each and at the end, metrics in `train.jsonl`. An interrupt leaves a checkpoint, too. Without `resume`, an earlier run there is moved to a subfolder."
-    folder, begin, total = writable_folder(ckpt_dir), time.time(), config.meta.outer_steps
+    folder, begin, cpu_begin, total = writable_folder(ckpt_dir), time.time(), time.process_time(), config.meta.outer_steps
     latest, log = folder / 'latest.npz', folder / 'train.jsonl'
     state = resume_state(latest, config) if resume and latest.exists() else None
     learner = make_learner(config, state, device)
@@ -314,20 +314,20 @@ def train(
         raise CheckpointError(f'{log} does not hold the {learner.step} steps of {latest}; restore it, or start anew without --resume')
     if state is None and (earlier := set_aside(folder)): print(f'an earlier run in {folder} was moved to {earlier}', file=sys.stderr)
     write_log(folder, history)
-    begin -= history[-1]['wall_s'] if history else 0  # earlier sessions count
+    if history: begin, cpu_begin = begin - history[-1]['wall_s'], cpu_begin - history[-1].get('cpu_s', 0)  # earlier sessions count
     bar = tqdm(range(learner.step, total), 'meta-training', total=total, initial=learner.step, unit='step', file=sys.stderr, disable=not progress)
     for step in bar:
         try: metrics = learner.outer_step(sample_tasks(config.env, config.meta.tasks_per_batch, step=step))
         except KeyboardInterrupt:  # the outer step did not happen
             if history: save_checkpoint(latest, config, learner.state_dict())
             raise
-        history.append(dict(step=step) | metrics | dict(wall_s=round(time.time() - begin, 2)))
+        history.append(dict(step=step) | metrics | dict(wall_s=round(time.time() - begin, 2), cpu_s=round(time.process_time() - cpu_begin, 2)))
         with log.open('a') as file: file.write(json.dumps(history[-1]) + '\n')
         bar.set_postfix(pre=f'{metrics["pre_return"]:.1f}', post=f'{metrics["post_return"]:.1f}')
         if learner.step % 10 == 0: save_checkpoint(folder / f'step_{learner.step}.npz', config, learner.state_dict())
         if learner.step % 10 == 0 or learner.step == total: save_checkpoint(latest, config, learner.state_dict())
     recent = lambda name: float(np.mean([line[name] for line in history[-10:]]))
-    return dict(outer_steps=learner.step, wall_s=history[-1]['wall_s'], env_steps=sum(line['env_steps'] for line in history),
+    return dict(outer_steps=learner.step, wall_s=history[-1]['wall_s'], cpu_s=history[-1].get('cpu_s'), env_steps=sum(line['env_steps'] for line in history),
                 final_pre_return=recent('pre_return'), final_post_return=recent('post_return'), checkpoint=str(latest))
 
 # %% ../nbs/08_pipeline.ipynb #080038
@@ -614,7 +614,7 @@ def run_variant(
     result = evaluate_with_adaptation(paths[best], config, experiment.episodes, device=device, progress=progress)
     rounded = lambda x: np.round(x, 3).tolist()
     scores = trial_scores(paths[best], config, experiment.score_tasks, device) if experiment.score_tasks else {}
-    return dict(scores=scores, training_s=trained['wall_s'], env_steps=trained['env_steps'], checkpoint=best, validation_return={str(s): round(float(v), 3) for s, v in validation.items()}, summary=result.summary(),
+    return dict(scores=scores, training_s=trained['wall_s'], training_cpu_s=trained['cpu_s'], env_steps=trained['env_steps'], checkpoint=best, validation_return={str(s): round(float(v), 3) for s, v in validation.items()}, summary=result.summary(),
                 returns_by_step=rounded(result.returns_by_step), references={k: rounded(v) for k, v in result.references.items()})
 
 
@@ -629,7 +629,7 @@ def experiment_table(
         gain = returns[:, -1] - returns[:, 0]
         table.append(dict(variant=name, seeds=[row['seed'] for row in mine], checkpoints=[row['checkpoint'] for row in mine], tasks=returns.shape[-1], iqm=[round(float(iqm(returns[:, k])), 3) for k in range(returns.shape[1])], iqm_by_seed=np.round(iqm(returns, axis=-1), 3).tolist(),
                           iqm_ci95=[[round(x, 3) for x in stratified_interval(returns[:, k])] for k in range(returns.shape[1])], mean=np.round(returns.mean((0, 2)), 3).tolist(),
-                          gain_ci95=[round(x, 3) for x in stratified_interval(gain, np.mean)], scores=[row['scores'] for row in mine], hurt_rate=round(float((gain < 0).mean()), 4), training_s=[row['training_s'] for row in mine],
+                          gain_ci95=[round(x, 3) for x in stratified_interval(gain, np.mean)], scores=[row['scores'] for row in mine], hurt_rate=round(float((gain < 0).mean()), 4), training_s=[row['training_s'] for row in mine], training_cpu_s=[row.get('training_cpu_s') for row in mine],
                           references={k: round(float(np.mean([row['references'][k] for row in mine])), 3) for k in mine[0]['references']}))
     return table
 
