@@ -9,9 +9,9 @@ __all__ = ['CONFIGS', 'FORMAT', 'FORMAT_VERSION', 'EXPERIMENTS', 'MEMORIES', 'RE
            'write_log', 'set_aside', 'resume_state', 'train', 'load_learner', 'load_policy', 'check_episodes',
            'reference_row', 'evaluate', 'choose_trajectories', 'AdaptationResult', 'policy_batch', 'with_step_sizes',
            'adaptation_functions', 'adapt_policy', 'online_episode', 'online_advantages', 'evaluate_with_adaptation',
-           'Experiment', 'trial_scores', 'run_variant', 'experiment_table', 'write_text_whole', 'read_row',
-           'run_experiment', 'check_figure', 'Train', 'Eval', 'Adapt', 'RunExperiment', 'config_flag', 'one_line',
-           'parse', 'show', 'fail', 'main']
+           'Experiment', 'trial_scores', 'run_variant', 'experiment_table', 'paired_differences', 'write_text_whole',
+           'read_row', 'run_experiment', 'check_figure', 'Train', 'Eval', 'Adapt', 'RunExperiment', 'config_flag',
+           'one_line', 'parse', 'show', 'fail', 'main']
 
 # %% ../nbs/08_pipeline.ipynb #080003
 import argparse
@@ -633,6 +633,21 @@ def experiment_table(
                           references={k: round(float(np.mean([row['references'][k] for row in mine])), 3) for k in mine[0]['references']}))
     return table
 
+
+def paired_differences(
+    rows: list, # of `run_variant`
+) -> list: # of dicts: the first variant minus another, after each step, on the same seeds and test tasks
+    "Mean difference with a 95 % interval for these seeds on new tasks, and seed by seed; tasks are pairs."
+    returns = {}
+    for row in rows: returns.setdefault(row['variant'], {})[row['seed']] = np.array(row['returns_by_step'])
+    (first, mine), *others = returns.items()
+    differences = []
+    for name, theirs in others:
+        gap = np.array([mine[seed] - theirs[seed] for seed in mine if seed in theirs])  # [S, steps + 1, M]
+        for step in range(gap.shape[1] if len(gap) else 0):
+            differences.append(dict(first=first, variant=name, step=step, mean=round(float(gap[:, step].mean()), 3), ci95=[round(x, 3) for x in stratified_interval(gap[:, step], np.mean)], by_seed=gap[:, step].mean(1).round(3).tolist()))
+    return differences
+
 # %% ../nbs/08_pipeline.ipynb #080070
 def write_text_whole(
     path: Path, # of the file
@@ -689,7 +704,7 @@ def _gather(name, experiment, rows, about, episodes, meta):  # all results in a 
     number = max(row['seed'] for row in found) + 1
     changes = ''.join(f' --{key.replace("_", "-")} {value}' for key, value in (meta | ({} if episodes is None else dict(episodes=episodes))).items())
     results = dict(experiment=name, version=__version__, command=f'ssm-metarl experiment {name} --seeds {number}{changes}', torch=torch.__version__, config=asdict(experiment.config), variants=experiment.variants,
-                   table=experiment_table(found), published=experiment.published)
+                   table=experiment_table(found), differences=paired_differences(found), published=experiment.published)
     write_text_whole(rows.parent / 'results.json', json.dumps(results, indent=1) + '\n')
     return results
 
