@@ -207,3 +207,14 @@ def test_training_does_not_read_or_write_the_global_generator():
             assert torch.equal(torch.get_rng_state(), torch.Generator().manual_seed(seed).get_state())
             results.append(learner.state_dict())
         assert_same(*results)
+
+
+@pytest.mark.parametrize('cls, kw', [('anil', dict()), ('reptile', dict(inner_steps=2)), ('meta-sgd', dict())])
+def test_the_traced_meta_gradient_is_that_of_autograd(cls, kw):
+    from ssm_metarl.compiling import Compiled
+    plain, traced = make(cls, **kw), make(cls, compile=True, **kw)
+    traced._compiled = Compiled(traced._gradient, 'eager')
+    assert traced.outer_step(tasks_of(traced)) == pytest.approx(plain.outer_step(tasks_of(plain)), rel=1e-9, abs=1e-9)
+    a, b = plain.state_dict(), traced.state_dict()
+    assert set(a) == set(b)
+    for k in a: np.testing.assert_allclose(a[k], b[k], rtol=1e-9, atol=1e-9)
