@@ -146,11 +146,12 @@ def learn_in_memory(
     time_limit: int, # T, steps of an episode
     outer_steps: int, # updates of RL²
     episodes_per_trial: int = 1, # episodes of a trial
+    num_envs: int = 4, # K, trials of each of the 256 tasks
     **meta, # other changes of `MetaConfig`
 ) -> ExperimentConfig:
-    "RL² with the settings of notebook 04b: 1024 trials an update, undiscounted, with an entropy bonus that fades. Three gradient steps at test time, for which it was not trained."
+    "RL² with the settings of notebook 04b: 256 tasks an update, undiscounted, with an entropy bonus that fades. Three gradient steps at test time, for which it was not trained."
     rl2 = MetaConfig(outer_steps=outer_steps, tasks_per_batch=256, outer_lr_decay=True, outer_epochs=1, gamma=1.0, entropy_coef=0.05, entropy_fade=0.7)
-    return ExperimentConfig(learner='rl2', env_name=env_name, env_options=env_options, num_envs=4, time_limit=time_limit, episodes_per_trial=episodes_per_trial,
+    return ExperimentConfig(learner='rl2', env_name=env_name, env_options=env_options, num_envs=num_envs, time_limit=time_limit, episodes_per_trial=episodes_per_trial,
                             meta=replace(rl2, **meta), adapt=AdaptConfig(steps=3, lr=0.01, trajectories=20), policy=PolicyConfig(history=True))
 
 
@@ -158,7 +159,7 @@ CONFIGS |= {
     'bandit-dependent': learn_in_memory('MetaBandit-v0', {'arms': 2, 'dependent': True}, 30, 300),
     'bandit-independent': learn_in_memory('MetaBandit-v0', {'arms': 2}, 30, 600),
     'bandit-10-5': learn_in_memory('MetaBandit-v0', {'arms': 5}, 10, 1500),
-    'bandit-100-5': learn_in_memory('MetaBandit-v0', {'arms': 5}, 100, 2000, tasks_per_batch=64, gae_lambda=0.98, entropy_coef=0.03),
+    'bandit-100-5': learn_in_memory('MetaBandit-v0', {'arms': 5}, 100, 2500, num_envs=1, gae_lambda=0.98),
     'mdp-10': learn_in_memory('MetaTabularMDP-v0', {}, 10, 800, episodes_per_trial=10),
 }
 
