@@ -380,22 +380,40 @@ class MetaMAML(MetaLearner):
 
 # %% ../nbs/04_maml.ipynb #040043
 class JointTraining(MetaLearner):
-    "One policy for all tasks, without thinking of adaptation: policy gradients (PPO; with one epoch, an advantage actor-critic)."
+    "One policy for all tasks, without thinking of adaptation: policy gradients (PPO; with one epoch, an advantage actor-critic). Raises ValueError for a trust region, or compile=True."
+
+    def __init__(self,
+                 policy: SSMMetaPolicy, # functional form; its parameters are where training starts
+                 env: EnvConfig, # family, K, T, seed
+                 config: MetaConfig = MetaConfig(), # how to train
+                 device: str = 'cpu'): # where
+        if config.outer != 'ppo' or config.compile: raise ValueError(f"outer={config.outer!r}, compile={config.compile}: joint training has neither a trust region nor a meta-gradient to compile; take 'ppo' and False")
+        super().__init__(policy, env, config, device)
 
     def targets(self,
                 traj: Trajectories, # of M tasks
-               ) -> tuple: # advantages [M, K, T]; what the value head should say [M, K, T], or None for the returns; unit of its squared error, or None
+               ) -> tuple: # advantages [M, K, T]; what the value head should say [M, K, T]; unit of its squared error
         "What a step of training learns from."
-        return advantages(traj, self.config.gamma, self.config.gae_lambda), None, None
+        returns = discounted_sum(traj.reward.masked_fill(~traj.mask, 0), self.config.gamma)
+        return advantages(traj, self.config.gamma, self.config.gae_lambda), returns, returns_variance(traj, self.config.gamma)
+
+    def epoch(self, traj, advantage, returns, unit):  # one step of Adam, chunk by chunk
+        M, results = len(advantage), []
+        size = self.config.tasks_per_chunk or M
+        self.optimizer.zero_grad()
+        for start in range(0, M, size):
+            rows = slice(start, start + size)
+            results.append(query_losses(self.policy, self.params, traj.of_tasks(rows), advantage[rows], self.config_now, unit, returns[rows]))
+            self.accumulate(*results[-1][:2], M, start)
+        loss, _, kl = (torch.cat([x.detach() for x in column]) for column in zip(*results))
+        return loss, kl, self.update()
 
     def outer_step(self, tasks):
         with self.all_or_nothing():
             traj = collect(self.policy, {k: v.detach() for k, v in self.params.items()}, tasks, self.env, key=(self.step, 0))
             require_finite('rewards', traj.reward.masked_fill(~traj.mask, 0))
-            advantage, returns, scale = self.targets(traj)
-            for _ in range(self.config.outer_epochs):
-                loss, error, kl = query_losses(self.policy, self.params, traj, advantage, self.config_now, scale, returns)
-                norm = self.descend(loss, error)
+            targets = self.targets(traj)
+            for _ in range(self.config.outer_epochs): loss, kl, norm = self.epoch(traj, *targets)
             self.step += 1
         score = traj.returns.mean().item()
         return dict(pre_return=score, post_return=score, loss=loss.mean().item(), grad_norm=norm, kl=kl.mean().item(), env_steps=traj.num_steps)

@@ -360,3 +360,17 @@ def test_the_compiled_step_names_tasks_that_are_not_finite_and_changes_nothing(m
     error, match = poison_query(learner, monkeypatch)
     with pytest.raises(error, match=match): learner.outer_step(tasks_of(learner))
     assert_same(before, learner.state_dict())
+
+
+@pytest.mark.parametrize('cls', ['joint', 'rl2'])
+def test_joint_training_in_chunks_is_joint_training(cls):
+    from ssm_metarl.maml import JointTraining
+    from ssm_metarl.rl2 import RL2
+    def learner(**kw):
+        plain = make(history=True)
+        return {'joint': JointTraining, 'rl2': RL2}[cls](plain.policy, replace(plain.env, episodes_per_trial=2), replace(plain.config, **kw))
+    whole, parts = learner(), learner(tasks_per_chunk=2)
+    for step in range(2): assert whole.outer_step(tasks_of(whole, step)) == pytest.approx(parts.outer_step(tasks_of(parts, step)), rel=1e-9, abs=1e-9)
+    for k, v in whole.params.items(): torch.testing.assert_close(v, parts.params[k], rtol=1e-9, atol=1e-10)
+    for kw in (dict(compile=True), dict(outer='trpo')):
+        with pytest.raises(ValueError, match='joint training has neither'): learner(**kw)
