@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['over_batch', 'trial_targets', 'RL2']
 
-# %% ../nbs/04b_rl2.ipynb #04b0002
+# %% ../nbs/04b_rl2.ipynb #04b0003
 import torch
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from .policy import SSMMetaPolicy
 from .relatives import LEARNERS
 from .rollout import Trajectories, discounted_sum, gae
 
-# %% ../nbs/04b_rl2.ipynb #04b0004
+# %% ../nbs/04b_rl2.ipynb #04b0022
 def over_batch(
     x: Tensor, # [M, K, T]
     mask: Tensor, # bool [M, K, T]
@@ -23,7 +23,7 @@ def over_batch(
     "Mean over all trials, for each time step by itself."
     return x.masked_fill(~mask, 0).sum((0, 1), keepdim=True) / mask.sum((0, 1), keepdim=True).clamp(min=1)
 
-
+# %% ../nbs/04b_rl2.ipynb #04b0025
 def trial_targets(
     traj: Trajectories, # trials of M tasks, K each
     gamma: float = 1., # discount
@@ -33,14 +33,14 @@ def trial_targets(
     mask, reward = traj.mask, traj.reward.masked_fill(~traj.mask, 0)
     returns = discounted_sum(reward, gamma)
     mean = over_batch(returns, mask)
-    unit = (returns - mean)[mask].std().clamp(min=1e-6)
+    unit = (returns - mean)[mask].square().mean().sqrt().clamp(min=1e-6)
     value = (mean + unit * traj.value).masked_fill(~mask, 0)
     advantage = (gae(reward, value, gamma, gae_lambda) / unit).masked_fill(~mask, 0)
     target = (advantage + traj.value).masked_fill(~mask, 0)
     advantage = (advantage - over_batch(advantage, mask)).masked_fill(~mask, 0)
     return advantage / advantage[mask].square().mean().sqrt().clamp(min=1e-6), target
 
-
+# %% ../nbs/04b_rl2.ipynb #04b0031
 class RL2(JointTraining):
     "Reinforcement learning of a learner (Duan et al., 2016; Wang et al., 2016): one policy for all tasks, whose memory lasts over the episodes of a trial and sees what it did and got. Raises ValueError for a policy without `history`."
 
