@@ -82,7 +82,7 @@ class AdaptConfig:
 @dataclass(frozen=True)
 class ExperimentConfig:
     "Everything that defines an experiment."
-    learner: str = 'maml' # how it learns: 'maml', 'reptile', 'anil', 'meta-sgd' or 'rl2'
+    learner: str = 'maml' # how it learns: 'maml', 'reptile', 'anil', 'meta-sgd', 'joint' (one policy for all tasks) or 'rl2'
     seed: int = 42 # of all random streams
     env_name: str = 'MetaGymToy-v0' # family of environments
     num_envs: int = 8 # K, trajectories per task
@@ -160,7 +160,7 @@ CONFIGS |= {
     'bandit-independent': learn_in_memory('MetaBandit-v0', {'arms': 2}, 30, 600),
     'bandit-10-5': learn_in_memory('MetaBandit-v0', {'arms': 5}, 10, 1500),
     'bandit-100-5': learn_in_memory('MetaBandit-v0', {'arms': 5}, 100, 2500, num_envs=1, gae_lambda=0.98),
-    'mdp-10': learn_in_memory('MetaTabularMDP-v0', {}, 10, 800, episodes_per_trial=10),
+    'mdp-10': learn_in_memory('MetaTabularMDP-v0', {}, 10, 800, episodes_per_trial=10, num_envs=1, gae_lambda=0.9, entropy_coef=0.003),
 }
 
 # %% ../nbs/08_pipeline.ipynb #080017
@@ -570,7 +570,8 @@ EXPERIMENTS = {
 # %% ../nbs/08_pipeline.ipynb #080067
 MEMORIES = {'SSM': {}, 'GRU': {'policy': {'core': 'gru'}}, 'no memory': {'policy': {'core': 'none'}}}
 RELATIVES = {'MAML': {}, 'first-order MAML': {'meta': {'first_order': True, 'inner_lr': 0.05}, 'adapt': {'lr': 0.05}}, 'ANIL': {'learner': 'anil'}, 'Meta-SGD': {'learner': 'meta-sgd'},
-             'Reptile': {'learner': 'reptile', 'meta': {'inner_steps': 3, 'inner_lr': 0.02}, 'adapt': {'lr': 0.02, 'later_scale': 1.0}}}  # step sizes chosen on validation tasks
+             'Reptile': {'learner': 'reptile', 'meta': {'inner_steps': 3, 'inner_lr': 0.02}, 'adapt': {'lr': 0.02, 'later_scale': 1.0}},
+             'joint training': {'learner': 'joint', 'meta': {'outer_steps': 200, 'inner_lr': 0.02}, 'adapt': {'lr': 0.02, 'later_scale': 1.0}}}  # as many trajectories as MAML gets; step sizes chosen on validation tasks
 EXPERIMENTS |= {'nav2d-relatives': Experiment(replace(CONFIGS['nav2d'], meta=replace(CONFIGS['nav2d'].meta, outer_steps=100)), RELATIVES)}
 EXPERIMENTS |= {'nav2d-rotated': Experiment(CONFIGS['nav2d-rotated'], MEMORIES)}
 EXPERIMENTS |= {name: Experiment(CONFIGS[name], MEMORIES, validation=0, score_tasks=20_000) for name in ('bandit-dependent', 'bandit-independent', 'bandit-10-5', 'bandit-100-5')}

@@ -12,6 +12,7 @@ from ssm_metarl.policy import PolicyConfig, SSMMetaPolicy, action_log_prob, entr
 from ssm_metarl.relatives import ANIL, LEARNERS, MetaSGD, Reptile
 from ssm_metarl.rollout import policy_inputs
 
+NAMES = 'maml', 'reptile', 'anil', 'meta-sgd'
 RELATIVES = [('anil', dict()), ('anil', dict(head='mixer.* action.*', inner_steps=2)), ('anil', dict(first_order=True)), ('reptile', dict(inner_steps=2)), ('reptile', dict(inner_steps=3, surrogate='logprob')),
              ('meta-sgd', dict()), ('meta-sgd', dict(inner_steps=2)), ('meta-sgd', dict(inner_steps=2, first_order=True))]
 PLACES = [dict(), dict(name='MamlTestCorridor-v0'), dict(name='MamlTestCorridor-v0', history=True)]
@@ -194,11 +195,11 @@ def test_bad_settings_are_refused():
         with pytest.raises(ValueError, match=message): make(cls, **kw)
     policy = make('maml').policy
     assert Reptile(policy, make('maml').env).config.inner_steps == 2  # its default config is one that it can work with
-    assert all(issubclass(cls, MetaMAML) for cls in LEARNERS.values()) and MetaSGD in LEARNERS.values()
+    assert all(issubclass(LEARNERS[name], MetaMAML) for name in NAMES) and LEARNERS['meta-sgd'] is MetaSGD
 
 
 def test_training_does_not_read_or_write_the_global_generator():
-    for cls in LEARNERS:
+    for cls in NAMES:
         results = []
         for seed in (0, 1):
             torch.manual_seed(seed), np.random.seed(seed)
