@@ -30,4 +30,6 @@ class Compiled:
             self.graphs[key] = graph if self.backend == 'eager' else torch.compile(graph, backend=self.backend, dynamic=False)
         try:
             with torch.no_grad(): return self.graphs[key](*leaves)
-        except InvalidCxxCompiler: raise RuntimeError('there is no C++ compiler, which compiling needs; install one (g++ or clang), or do without compile=True') from None
+        except Exception as error:  # torch wraps it, in some versions
+            if not isinstance(getattr(error, 'inner_exception', error), InvalidCxxCompiler): raise
+            raise RuntimeError('there is no C++ compiler, which compiling needs; install one (g++ or clang), or do without compile=True') from None

@@ -56,7 +56,7 @@ class GRU(nn.Module):
                   ) -> tuple: # y [..., T, H], state after the last step [..., N]
         "Whole sequences, as a pure function of the parameters."
         driven, states = linear(x, params['W'], params['b_W']), []
-        h = self.initial_state(*x.shape[:-2]).to(x) if state is None else state
+        h = x.new_zeros(*x.shape[:-2], self.config.state_dim) if state is None else state
         for t, drive in enumerate(driven.unbind(-2)):
             h = gru_cell(params, drive, h, None if reset is None else reset[..., t])
             states.append(h)

@@ -102,7 +102,7 @@ def expected_returns(
         some = tasks[start:start + chunk]
         traj = evaluation_trajectories(policy, params, some, config, deterministic, start)
         obs, action, reward, mask = (x[:, 0].cpu().numpy() for x in (traj.obs, traj.action, traj.reward, traj.mask))
-        try: reward = config.family.expected_reward(obs, action, stack_tasks(some, config.family))
+        try: reward = config.family.expected_reward(obs, policy.to_env(action), stack_tasks(some, config.family))
         except NotImplementedError: pass
         rows.append((reward * mask).sum(1, dtype=float))
     return np.concatenate(rows)

@@ -279,7 +279,7 @@ def trust_region(
 # %% ../nbs/04_maml.ipynb #040027
 class MetaMAML(MetaLearner):
     "Model-agnostic meta-learning (Finn et al., ICML 2017) of a policy: fresh trajectories after every step, an outer step of PPO or TRPO on those of the adapted policies."
-    _compiled = None  # graphs of the meta-gradient, once there are any
+    _compiled = None  # config, and graphs of the meta-gradient, once there are any
 
     def collect_all(self,
                     tasks: list, # M tasks
@@ -333,8 +333,8 @@ class MetaMAML(MetaLearner):
         return loss, kl, norm
 
     def accumulate_compiled(self, support, query, advantage, scale, M, start):  # `outer_loss` and `accumulate`, as one graph
-        if self._compiled is None: self._compiled = Compiled(self._gradient)
-        *results, grads = self._compiled(self.learned, [(vars(t), a) for t, a in support], vars(query), advantage, scale)
+        if self._compiled is None or self._compiled[0] != self.config: self._compiled = self.config, Compiled(self._gradient)  # a graph holds the config's numbers as constants
+        *results, grads = self._compiled[1](self.learned, [(vars(t), a) for t, a in support], vars(query), advantage, scale)
         check_losses(*results[:2], start)
         for k, g in grads.items(): self.learned[k].grad = g / M if self.learned[k].grad is None else self.learned[k].grad + g / M
         return results

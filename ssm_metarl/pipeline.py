@@ -8,10 +8,10 @@ __all__ = ['CONFIGS', 'FORMAT', 'FORMAT_VERSION', 'EXPERIMENTS', 'MEMORIES', 'RE
            'save_checkpoint', 'load_checkpoint', 'check_device', 'make_learner', 'writable_folder', 'read_log',
            'write_log', 'set_aside', 'resume_state', 'train', 'load_learner', 'load_policy', 'check_episodes',
            'reference_row', 'evaluate', 'choose_trajectories', 'AdaptationResult', 'policy_batch', 'with_step_sizes',
-           'adaptation_functions', 'adapt_policy', 'online_episode', 'online_advantages', 'evaluate_with_adaptation',
-           'Experiment', 'trial_scores', 'run_variant', 'experiment_table', 'paired_differences', 'write_text_whole',
-           'read_row', 'run_experiment', 'check_figure', 'Train', 'Eval', 'Adapt', 'RunExperiment', 'config_flag',
-           'one_line', 'parse', 'show', 'fail', 'main']
+           'adaptation_functions', 'adapt_policy', 'online_episode', 'online_advantages', 'check_adaptation',
+           'evaluate_with_adaptation', 'Experiment', 'trial_scores', 'run_variant', 'experiment_table',
+           'paired_differences', 'write_text_whole', 'read_row', 'run_experiment', 'check_figure', 'Train', 'Eval',
+           'Adapt', 'RunExperiment', 'config_flag', 'one_line', 'parse', 'show', 'fail', 'main']
 
 # %% ../nbs/08_pipeline.ipynb #080003
 import argparse
@@ -341,6 +341,7 @@ def load_learner(
     "The learner of a checkpoint."
     own, state = load_checkpoint(checkpoint)
     config = own if config is None else config
+    if config.learner != own.learner: config = replace(config, learner=own.learner, meta=replace(config.meta, head=own.meta.head, inner_steps=own.meta.inner_steps))  # whoever trained it adapts it
     config = replace(config, seed=own.seed if seed is None else seed)
     return make_learner(config, state, device), config
 
@@ -520,6 +521,16 @@ def online_advantages(
     return normalise(gae(reward, value * (new | last), meta.gamma, meta.gae_lambda), new)
 
 # %% ../nbs/08_pipeline.ipynb #080054
+def check_adaptation(
+    learner: str, # name of the learner
+    inner_lr: float | dict, # of the learner
+    config: AdaptConfig, # how to adapt
+):
+    "Raises ValueError for what would go wrong without a sign."
+    if isinstance(inner_lr, dict) and config.optimizer != 'sgd': raise ValueError(f"optimizer={config.optimizer!r} divides the step sizes out that {learner!r} has for each parameter; take 'sgd'")
+    if learner == 'rl2' and config.online: raise ValueError("online=True needs a value head in units of reward, and that of 'rl2' speaks in standard units; leave it out: its memory adapts during the episode anyway")
+
+
 def evaluate_with_adaptation(
     checkpoint: Path, # written by `train`
     config: ExperimentConfig = None, # None: the one in the checkpoint
@@ -537,6 +548,7 @@ def evaluate_with_adaptation(
     check_episodes(episodes)
     learner, config = load_learner(checkpoint, config, seed, device)
     changes |= {k: v for k, v in dict(steps=steps, online=online).items() if v is not None}
+    check_adaptation(config.learner, learner.inner_lr, replace(config.adapt, **changes))
     tasks = sample_tasks(config.env, episodes, split or config.env.tasks.test_split)
     return adapt_policy(learner.policy, {k: v.detach() for k, v in learner.params.items()}, tasks, config.env, config.meta, replace(config.adapt, **changes), deterministic, progress, learner.inner_lr)
 
@@ -736,7 +748,7 @@ class Train:
     def run(self) -> dict:
         changes = {k: v for k in ('outer_steps', 'tasks_per_batch') if (v := getattr(self, k)) is not None}
         experiment = replace(self.experiment, meta=replace(self.experiment.meta, **changes))
-        if experiment.adapt.lr != experiment.meta.inner_lr:
+        if experiment.adapt.lr != experiment.meta.inner_lr and experiment.learner not in ('joint', 'rl2'):
             print(f'note: this trains for steps of inner_lr={experiment.meta.inner_lr:g}, and will adapt with adapt.lr={experiment.adapt.lr:g}', file=sys.stderr)
         return train(experiment, self.ckpt_dir, self.resume, self.device)
 
@@ -873,7 +885,7 @@ def main(
     except BrokenPipeError:  # nobody reads what we say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (OSError, CheckpointError, FloatingPointError) as error: return fail(error, 1)
+    except (OSError, RuntimeError, FloatingPointError) as error: return fail(error, 1)  # CheckpointError is a RuntimeError
     except MemoryError as error: return fail(f'not enough memory; ask for less ({error})', 1)
     except KeyboardInterrupt: return fail('interrupted' + ({'train': '; --resume goes on', 'experiment': '; the same command goes on'}.get(argv[0], '') if argv else ''), 130)
     return 0

@@ -55,4 +55,4 @@ class RL2(JointTraining):
     def targets(self, traj): return *trial_targets(traj, self.config.gamma, self.config.gae_lambda), 1.
 
 
-LEARNERS |= {'joint': JointTraining, 'rl2': RL2}
+LEARNERS = LEARNERS | {'joint': JointTraining, 'rl2': RL2}  # meta-learners by name

@@ -169,7 +169,7 @@ def here(capsys, *words):  # the same program, without a process of its own
 
 
 @pytest.mark.parametrize('words', [
-    ('--learner', 'reptile', '--meta.inner-steps', 2), ('--learner', 'anil'), ('--learner', 'meta-sgd'), ('--learner', 'rl2', '--policy.history', '--episodes-per-trial', 2),
+    ('--learner', 'reptile', '--meta.inner-steps', 2), ('--learner', 'anil'), ('--learner', 'meta-sgd'), ('--learner', 'joint'), ('--learner', 'rl2', '--policy.history', '--episodes-per-trial', 2),
     ('--config', 'bandit-dependent'), ('--config', 'mdp-10', '--episodes-per-trial', 3), ('--config', 'nav2d-rotated')])
 def test_every_learner_trains_goes_on_evaluates_and_adapts(words, tmp_path, capsys):
     sizes = '--tasks-per-batch', 3, '--num-envs', 2, '--time-limit', 6, '--seed', 5, '--ckpt-dir', tmp_path
@@ -178,6 +178,6 @@ def test_every_learner_trains_goes_on_evaluates_and_adapts(words, tmp_path, caps
     assert here(capsys, 'train', *words, *sizes, '--outer-steps', total, '--resume')['outer_steps'] == total
     checkpoint = tmp_path / 'latest.npz'
     before = here(capsys, 'eval', '--checkpoint', checkpoint, '--episodes', 4)
-    after = here(capsys, 'adapt', '--checkpoint', checkpoint, '--episodes', 4, '--adapt-steps', 2, '--online', '--figure', tmp_path / 'a.png')
+    after = here(capsys, 'adapt', '--checkpoint', checkpoint, '--episodes', 4, '--adapt-steps', 2, *(() if json.loads(str(np.load(checkpoint)['header']))['config']['learner'] == 'rl2' else ('--online',)), '--figure', tmp_path / 'a.png')
     assert after['pre_return'] == before['mean_return'] == after['returns_by_step'][0] and len(after['returns_by_step']) == 3
     assert {k: v for k, v in before.items() if k in REFERENCES} == {k: v for k, v in after.items() if k in REFERENCES}

@@ -28,9 +28,9 @@ if 'MamlTestCorridor-v0' not in FAMILIES:
         def observe(self, state, tasks): return state.copy()
 
 
-def make(name='MetaGymToy-v0', history=False, seed=0, state=2, **kw):
+def make(name='MetaGymToy-v0', history=False, seed=0, state=2, core='ssm', **kw):
     env = EnvConfig(name, num_envs=K, time_limit=T, seed=seed)
-    policy = SSMMetaPolicy(env.family.observation_space, env.family.action_space, PolicyConfig(4, state, history=history), seed).double()
+    policy = SSMMetaPolicy(env.family.observation_space, env.family.action_space, PolicyConfig(4, state, history=history, core=core), seed).double()
     return MetaMAML(policy, env, MetaConfig(tasks_per_batch=M, **dict(inner_lr=.3) | kw))
 
 
@@ -337,10 +337,10 @@ def test_the_penalty_is_nothing_in_the_first_epoch():
 def test_the_traced_meta_gradient_is_that_of_autograd(case, history):
     from ssm_metarl.compiling import Compiled
     plain, traced = make(history=history, **case), make(history=history, compile=True, **case)
-    traced._compiled = Compiled(traced._gradient, 'eager')  # inductor itself: below
+    traced._compiled = traced.config, Compiled(traced._gradient, 'eager')  # inductor itself: below
     for step in range(2):
         assert traced.outer_step(tasks_of(traced, step)) == pytest.approx(plain.outer_step(tasks_of(plain, step)), rel=1e-10, abs=1e-10)
-    assert len(traced._compiled.graphs) == (2 if 'tasks_per_chunk' in case else 1)  # no graph is traced twice
+    assert len(traced._compiled[1].graphs) == (2 if 'tasks_per_chunk' in case else 1)  # no graph is traced twice
     assert_same({k: v.round(10) + 0 for k, v in plain.state_dict().items()}, {k: v.round(10) + 0 for k, v in traced.state_dict().items()})
 
 
@@ -355,7 +355,7 @@ def test_the_compiled_meta_gradient_is_of_second_order():
 def test_the_compiled_step_names_tasks_that_are_not_finite_and_changes_nothing(monkeypatch):
     from ssm_metarl.compiling import Compiled
     learner = make(compile=True, tasks_per_chunk=2)
-    learner._compiled = Compiled(learner._gradient, 'eager')
+    learner._compiled = learner.config, Compiled(learner._gradient, 'eager')
     before = learner.state_dict()
     error, match = poison_query(learner, monkeypatch)
     with pytest.raises(error, match=match): learner.outer_step(tasks_of(learner))
@@ -374,3 +374,14 @@ def test_joint_training_in_chunks_is_joint_training(cls):
     for k, v in whole.params.items(): torch.testing.assert_close(v, parts.params[k], rtol=1e-9, atol=1e-10)
     for kw in (dict(compile=True), dict(outer='trpo')):
         with pytest.raises(ValueError, match='joint training has neither'): learner(**kw)
+
+
+@pytest.mark.parametrize('core', ['gru', 'none'])
+def test_every_core_can_be_traced_and_another_config_is_another_graph(core, monkeypatch):
+    from ssm_metarl.compiling import Compiled
+    plain, traced = make(core=core), make(core=core, compile=True)
+    for changes in (dict(), dict(inner_lr=.1, clip=.05, entropy_coef=.5)):
+        plain.config, traced.config = replace(plain.config, **changes), replace(traced.config, **changes)
+        if not changes: traced._compiled = traced.config, Compiled(traced._gradient, 'eager')
+        else: monkeypatch.setattr('ssm_metarl.maml.Compiled', lambda f: Compiled(f, 'eager'))
+        assert traced.outer_step(tasks_of(traced)) == pytest.approx(plain.outer_step(tasks_of(plain)), rel=1e-9, abs=1e-9)

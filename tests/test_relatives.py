@@ -214,7 +214,7 @@ def test_training_does_not_read_or_write_the_global_generator():
 def test_the_traced_meta_gradient_is_that_of_autograd(cls, kw):
     from ssm_metarl.compiling import Compiled
     plain, traced = make(cls, **kw), make(cls, compile=True, **kw)
-    traced._compiled = Compiled(traced._gradient, 'eager')
+    traced._compiled = traced.config, Compiled(traced._gradient, 'eager')
     assert traced.outer_step(tasks_of(traced)) == pytest.approx(plain.outer_step(tasks_of(plain)), rel=1e-9, abs=1e-9)
     a, b = plain.state_dict(), traced.state_dict()
     assert set(a) == set(b)
