@@ -147,7 +147,8 @@ def register_family(
     def decorate(cls):
         if not issubclass(cls, Family): raise TypeError(f'{cls.__name__} is not a subclass of Family; write class {cls.__name__}(Family)')
         old = FAMILIES.get(name)
-        if isinstance(old, type) and (old.__module__, old.__qualname__) != (cls.__module__, cls.__qualname__):
+        same = isinstance(old, type) and old.__qualname__ == cls.__qualname__ and (old.__module__ == cls.__module__ or '__main__' in (old.__module__, cls.__module__))  # a notebook's class, and the module's
+        if isinstance(old, type) and not same:
             raise ValueError(f'family {name!r} is registered already, by {old.__module__}.{old.__qualname__}; choose another name, or call unregister_family({name!r}) first')
         gym.registry.pop(name, None)
         make_known(name)
