@@ -10,8 +10,8 @@ from ssm_metarl.bandits import regret
 from ssm_metarl.envs import EnvConfig, sample_tasks
 from ssm_metarl.maml import MetaConfig, MetaMAML, query_losses
 from ssm_metarl.policy import PolicyConfig, SSMMetaPolicy, action_log_prob
-from ssm_metarl.relatives import LEARNERS
-from ssm_metarl.rl2 import RL2, over_batch, trial_targets
+
+from ssm_metarl.rl2 import LEARNERS, RL2, over_batch, trial_targets
 from ssm_metarl.rollout import Rollout, Trajectories, collect, policy_inputs
 
 M, K = 3, 4
