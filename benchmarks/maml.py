@@ -99,16 +99,17 @@ def loop_iteration(ours, envs):
     for d in data: (one_task_loss(policy, theta, config, *d, scale) / len(data)).backward()
 
 
-def meta_steps(core, first_order, dtype=torch.float32):
+def meta_steps(core, first_order, dtype=torch.float32, compiled=False):
     "Two functions that give the meta-gradient of the same trajectories: stacked, and task by task."
-    ours = learner(core, dtype, first_order=first_order)
+    ours = learner(core, dtype, first_order=first_order, compile=compiled)
     tasks = sample_tasks(ours.env, 20)
     support, query = ours.collect_all(tasks)
     A, A_query = advantages(support), advantages(query)
     scale, names = returns_variance(query, .99), list(ours.params)
     def stacked():
         ours.optimizer.zero_grad()
-        ours.accumulate(*ours.outer_loss([(support, A)], query, A_query, scale)[:2], 20)
+        if compiled: ours.accumulate_compiled([(support, A)], query, A_query, scale, 20, 0)
+        else: ours.accumulate(*ours.outer_loss([(support, A)], query, A_query, scale)[:2], 20)
         return [ours.params[k].grad for k in names]
     def loop():
         ours.optimizer.zero_grad()
@@ -132,6 +133,11 @@ def cases():
             for x, y in zip(*(f() for f in meta_steps(core, first_order, torch.float64))):
                 if x is None or y is None: assert x is y  # neither depends on it
                 else: torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-8)
+            if core == 'ssm':
+                fast, plain = (meta_steps(core, first_order, compiled=compiled)[0] for compiled in (True, False))
+                for x, y in zip(fast(), plain()):
+                    if x is not None and y is not None: torch.testing.assert_close(x, y, rtol=1e-2, atol=1e-4)  # float32
+                yield f'meta-step, {"first" if first_order else "second"} order, ssm, compiled', fast, 'the same, not compiled', plain
             yield f'meta-step, {"first" if first_order else "second"} order, {core}', *(lambda pair=meta_steps(core, first_order): (pair[0], 'autograd, task by task', pair[1]))()
 
 

@@ -51,7 +51,7 @@ class MetaConfig:
     entropy_fade: float = 0.0 # share of the training in which the bonus falls to 0 in a straight line; 0: it stays
     max_grad_norm: float = 1.0 # clipping of the meta-gradient
     tasks_per_chunk: int = 0 # how many tasks are differentiated at once, to save memory; 0: all
-    compile: bool = False # compile the meta-gradient: a minute at the start, then about two thirds of the time; needs a C++ compiler
+    compile: bool = False # compile the meta-gradient: a minute at the start, then each one is faster; needs a C++ compiler
 
     def __post_init__(self):
         def require(ok, what, *names):

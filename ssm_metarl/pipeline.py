@@ -149,7 +149,7 @@ def learn_in_memory(
     num_envs: int = 4, # K, trials of each of the 256 tasks
     **meta, # other changes of `MetaConfig`
 ) -> ExperimentConfig:
-    "RL² with the settings of notebook 04b: 256 tasks an update, undiscounted, with an entropy bonus that fades. Three gradient steps at test time, for which it was not trained."
+    "RL² in the manner of notebook 04b: 256 tasks an update, undiscounted, with an entropy bonus that fades. Three gradient steps at test time, for which it was not trained."
     rl2 = MetaConfig(outer_steps=outer_steps, tasks_per_batch=256, outer_lr_decay=True, outer_epochs=1, gamma=1.0, entropy_coef=0.05, entropy_fade=0.7)
     return ExperimentConfig(learner='rl2', env_name=env_name, env_options=env_options, num_envs=num_envs, time_limit=time_limit, episodes_per_trial=episodes_per_trial,
                             meta=replace(rl2, **meta), adapt=AdaptConfig(steps=3, lr=0.01, trajectories=20), policy=PolicyConfig(history=True))

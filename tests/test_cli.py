@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ssm_metarl import pipeline
+from ssm_metarl.envs import sample_tasks
 from ssm_metarl.pipeline import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -171,13 +173,24 @@ def here(capsys, *words):  # the same program, without a process of its own
 @pytest.mark.parametrize('words', [
     ('--learner', 'reptile', '--meta.inner-steps', 2), ('--learner', 'anil'), ('--learner', 'meta-sgd'), ('--learner', 'joint'), ('--learner', 'rl2', '--policy.history', '--episodes-per-trial', 2),
     ('--config', 'bandit-dependent'), ('--config', 'mdp-10', '--episodes-per-trial', 3), ('--config', 'nav2d-rotated')])
-def test_every_learner_trains_goes_on_evaluates_and_adapts(words, tmp_path, capsys):
-    sizes = '--tasks-per-batch', 3, '--num-envs', 2, '--time-limit', 6, '--seed', 5, '--ckpt-dir', tmp_path
-    total = 2 if '--config' in words else 3  # where the outer rate decays, the number of steps is part of the run
-    here(capsys, 'train', *words, *sizes, '--outer-steps', 2)
-    assert here(capsys, 'train', *words, *sizes, '--outer-steps', total, '--resume')['outer_steps'] == total
+def test_every_learner_trains_goes_on_evaluates_and_adapts(words, tmp_path, capsys, monkeypatch):
+    sizes = '--tasks-per-batch', 3, '--num-envs', 2, '--time-limit', 6, '--seed', 5, '--outer-steps', 3
+    here(capsys, 'train', *words, *sizes, '--ckpt-dir', tmp_path / 'whole')
+    def interrupted(*args, step=0, **kw):
+        if step == 2: raise KeyboardInterrupt
+        return sample_tasks(*args, step=step, **kw)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, 'sample_tasks', interrupted)
+        assert main([str(word) for word in ('train', *words, *sizes, '--ckpt-dir', tmp_path)]) == 130
+    capsys.readouterr()
     checkpoint = tmp_path / 'latest.npz'
+    assert int(np.load(checkpoint)['step']) == 2
+    assert here(capsys, 'train', *words, *sizes, '--ckpt-dir', tmp_path, '--resume')['outer_steps'] == 3
+    with np.load(checkpoint) as gone_on, np.load(tmp_path / 'whole' / 'latest.npz') as whole:
+        assert sorted(gone_on.files) == sorted(whole.files)
+        for name in whole.files: assert np.array_equal(gone_on[name], whole[name]), name
+        online = () if json.loads(str(whole['header']))['config']['learner'] == 'rl2' else ('--online',)
     before = here(capsys, 'eval', '--checkpoint', checkpoint, '--episodes', 4)
-    after = here(capsys, 'adapt', '--checkpoint', checkpoint, '--episodes', 4, '--adapt-steps', 2, *(() if json.loads(str(np.load(checkpoint)['header']))['config']['learner'] == 'rl2' else ('--online',)), '--figure', tmp_path / 'a.png')
+    after = here(capsys, 'adapt', '--checkpoint', checkpoint, '--episodes', 4, '--adapt-steps', 2, *online, '--figure', tmp_path / 'a.png')
     assert after['pre_return'] == before['mean_return'] == after['returns_by_step'][0] and len(after['returns_by_step']) == 3
     assert {k: v for k, v in before.items() if k in REFERENCES} == {k: v for k, v in after.items() if k in REFERENCES}

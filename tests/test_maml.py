@@ -1,4 +1,7 @@
 "What the MAML notebook promises, in the cases that would lengthen its story."
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -385,3 +388,9 @@ def test_every_core_can_be_traced_and_another_config_is_another_graph(core, monk
         if not changes: traced._compiled = traced.config, Compiled(traced._gradient, 'eager')
         else: monkeypatch.setattr('ssm_metarl.maml.Compiled', lambda f: Compiled(f, 'eager'))
         assert traced.outer_step(tasks_of(traced)) == pytest.approx(plain.outer_step(tasks_of(plain)), rel=1e-9, abs=1e-9)
+
+
+def test_a_missing_compiler_is_named(tmp_path):
+    code = "import torch; from ssm_metarl.compiling import Compiled; Compiled(lambda x: (x * 2 + 1,))(torch.ones(3))"
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=os.environ | {'CXX': '/nowhere/g++', 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path)})
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith('RuntimeError: there is no C++ compiler')
