@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from .compiling import Compiled
+from .compiling import Compiled, CompiledStepper
 from .envs import MAX_TASKS, EnvConfig
 from .inner_loop import gradient_step, stack
 from .policy import SSMMetaPolicy, action_log_prob, entropy, kl_divergence
@@ -51,7 +51,7 @@ class MetaConfig:
     entropy_fade: float = 0.0 # share of the training in which the bonus falls to 0 in a straight line; 0: it stays
     max_grad_norm: float = 1.0 # clipping of the meta-gradient
     tasks_per_chunk: int = 0 # how many tasks are differentiated at once, to save memory; 0: all
-    compile: bool = False # compile the meta-gradient: a minute at the start, then each one is faster; needs a C++ compiler
+    compile: bool = False # compile meta-gradient, adaptation and the steps of rollouts: a minute or two at the start, then each is faster; needs a C++ compiler
 
     def __post_init__(self):
         def require(ok, what, *names):
@@ -279,18 +279,19 @@ def trust_region(
 # %% ../nbs/04_maml.ipynb #040027
 class MetaMAML(MetaLearner):
     "Model-agnostic meta-learning (Finn et al., ICML 2017) of a policy: fresh trajectories after every step, an outer step of PPO or TRPO on those of the adapted policies."
-    _compiled = None  # config, and graphs of the meta-gradient, once there are any
+    backend, _compiled = 'inductor', None  # what compiles, if `config.compile`; the config, and what is compiled for it
 
     def collect_all(self,
                     tasks: list, # M tasks
                    ) -> list: # of inner_steps + 1 Trajectories
         "Support trajectories of each inner step, then query trajectories of the adapted policies. Raises FloatingPointError if one is not finite."
         params, trajectories = {k: v.detach() for k, v in stack(self.params, len(tasks)).items()}, []
+        stepper, adapt = (self.compiled('stepper'), self.compiled('adapt')) if self.config.compile else (None, self._adapt)
         for i in range(self.config.inner_steps + 1):
-            traj = collect(self.policy, params, tasks, self.env, key=(self.step, i))
+            traj = collect(self.policy, params, tasks, self.env, key=(self.step, i), stepper=stepper)
             require_finite('rewards', traj.reward.masked_fill(~traj.mask, 0))
             trajectories.append(traj)
-            if i < self.config.inner_steps: params = self.adapt(params, traj)
+            if i < self.config.inner_steps: params = adapt(self.learned, params, vars(traj))
             require_finite('adapted parameters', *params.values())
         return trajectories
 
@@ -333,21 +334,32 @@ class MetaMAML(MetaLearner):
         return loss, kl, norm
 
     def accumulate_compiled(self, support, query, advantage, scale, M, start):  # `outer_loss` and `accumulate`, as one graph
-        if self._compiled is None or self._compiled[0] != self.config: self._compiled = self.config, Compiled(self._gradient)  # a graph holds the config's numbers as constants
-        *results, grads = self._compiled[1](self.learned, [(vars(t), a) for t, a in support], vars(query), advantage, scale)
+        *results, grads = self.compiled('gradient')(self.learned, [(vars(t), a) for t, a in support], vars(query), advantage, scale)
         check_losses(*results[:2], start)
         for k, g in grads.items(): self.learned[k].grad = g / M if self.learned[k].grad is None else self.learned[k].grad + g / M
         return results
 
-    def _gradient(self, learned, support, query, advantage, scale):  # losses, and gradient of their sum, as a function of what is learned
+    def compiled(self, name):  # 'gradient', 'adapt' or 'stepper'; a graph holds the config's numbers as constants
+        if self._compiled is None or self._compiled[0] != self.config:
+            self._compiled = self.config, dict(gradient=Compiled(self._gradient, self.backend), adapt=Compiled(self._adapt, self.backend), stepper=CompiledStepper(self.policy.stepper, self.backend))
+        return self._compiled[1][name]
+
+    @contextmanager
+    def learning(self, learned):  # others in place of what is learned: inputs of a graph
         before = self.learned, self.params
         try:
-            self.learned = {k: v.detach().requires_grad_() for k, v in learned.items()}
-            self.params = {k: self.learned[k] for k in self.params}
+            self.learned, self.params = learned, {k: learned[k] for k in self.params}
+            yield
+        finally: self.learned, self.params = before
+
+    def _gradient(self, learned, support, query, advantage, scale):  # losses, and gradient of their sum, as a function of what is learned
+        with self.learning({k: v.detach().requires_grad_() for k, v in learned.items()}):
             loss, error, kl = self.outer_loss([(Trajectories(**t), a) for t, a in support], Trajectories(**query), advantage, scale)
             grads = torch.autograd.grad((loss + error).sum(), list(self.learned.values()), allow_unused=True)
             return loss.detach(), error.detach(), kl.detach(), {k: g for k, g in zip(self.learned, grads) if g is not None}
-        finally: self.learned, self.params = before
+
+    def _adapt(self, learned, params, traj):  # as a function of what is learned: step sizes can be
+        with self.learning(learned): return self.adapt(params, Trajectories(**traj))
 
     def outer_step(self, tasks):
         with self.all_or_nothing():

@@ -8,7 +8,9 @@ __all__ = ['SURROGATES', 'discounted_sum', 'masked_mean', 'Trajectories', 'actio
            'policy_surrogate', 'value_loss']
 
 # %% ../nbs/03_rollout.ipynb #030003
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from math import isfinite
 
 import numpy as np
 import torch
@@ -143,16 +145,17 @@ class Rollout:
                  purpose: str = 'action', # purpose of the stream of action noise
                  key: tuple = (), # further key of that stream: outer step, adaptation step, ...
                  start: int = 0, # global index of the first task
-                 deterministic: bool = False): # the most likely action instead of a sample
+                 deterministic: bool = False, # the most likely action instead of a sample
+                 stepper: Callable = None): # of parameters, gives a function of one step; None: `policy.stepper`
         if not tasks: raise ValueError('tasks is empty; give at least one, as sample_tasks does')
         M, K = self.shape = len(tasks), config.num_envs
-        self.policy, self.like, self.length, self.start = policy, next(policy.parameters()), config.trial_length, start
+        self.policy, self.stepper, self.like, self.length, self.start = policy, stepper or policy.stepper, next(policy.parameters()), config.trial_length, start
         mode = AutoresetMode.SAME_STEP if config.episodes_per_trial > 1 else AutoresetMode.DISABLED
         self.env = EnvBatch(replace(config, num_envs=M * K), [task for task in tasks for _ in range(K)], mode)
         noise = None if deterministic else self._tensor(action_noise(policy, M, K, self.length, config.seed, purpose, key, start))
         self.noise = [None] * self.length if deterministic else noise.movedim(2, 0).contiguous()  # [T, M, K, A]
         self.obs, _ = self.env.reset(seed=env_seeds(M, K, config.seed, purpose, key, start))
-        self.memory, self.taken, self.acted, self.happened = policy.initial_state(M, K), 0, None, None  # steps so far; arrays [T, M, K, ...] of them
+        self.memory, self.acted, self.happened = policy.initial_state(M, K), [], []  # of the steps so far, arrays [M, K, ...]
         self.distribution = ('logits',) if policy.discrete else ('mean', 'log_std')
         self.left, self.begins = np.full((M, K), config.episodes_per_trial), np.ones((M, K), bool)  # episodes before each trajectory; whether one begins now
         self.past = self.like.new_zeros(M, K, policy.input_dim - policy.obs_dim)
@@ -167,34 +170,29 @@ class Rollout:
             steps: int, # how many more
            ) -> Trajectories: # all steps so far, [M, K, t, ...]
         "Act for some steps; what follows the end is masked. Raises ValueError past the last step."
-        left = self.length - self.taken
+        left = self.length - len(self.acted)
         if not 0 < steps <= left: raise ValueError(f'steps={steps} is not one of the {left} that a trajectory of {self.length} steps leaves; start a new Rollout')
-        act = self.policy.stepper(params)
-        for _ in range(steps):
-            acted, happened = self._step(act)
-            if self.acted is None: self.acted, self.happened = [x.new_empty(self.length, *x.shape) for x in acted], [np.empty((self.length, *x.shape), x.dtype) for x in happened]
-            for array, x in zip((*self.acted, *self.happened), (*acted, *happened)): array[self.taken] = x
-            self.taken += 1
-        past = lambda x: x[:self.taken].movedim(0, 2).contiguous()
-        obs, action, value, *distribution = map(past, self.acted)
+        act = self.stepper(params)
+        for _ in range(steps): self._step(act)
+        obs, action, value, *distribution = (torch.stack(x, 2) for x in zip(*self.acted))
         logp = action_log_prob(dict(zip(self.distribution, distribution)), action)
-        reward, terminated, truncated, mask, episode_start = (past(self._tensor(x)) for x in self.happened)
+        reward, terminated, truncated, mask, episode_start = (self._tensor(np.stack(x, 2)) for x in zip(*self.happened))
         memory_reset = torch.zeros_like(mask)
         memory_reset[..., 0] = True
         return Trajectories(obs, action, reward, terminated, truncated, mask, episode_start, memory_reset, logp, value)
 
     def _step(self, act):
         obs, live, begins = self._tensor(self.obs).view(*self.shape, -1), self.left > 0, self.begins
-        out, self.memory = act(torch.cat([obs, self.past], -1), self.memory)
-        action, distribution = choose_action(out, self.noise[self.taken]), [out[k] for k in self.distribution]
-        if not distribution[0].sum().isfinite(): require_finite('action probabilities', distribution[0], start=self.start)
+        out, self.memory = act(torch.cat([obs, self.past], -1) if self.policy.config.history else obs, self.memory)
+        action, distribution = choose_action(out, self.noise[len(self.acted)]), [out[k] for k in self.distribution]
+        if not isfinite(distribution[0].sum().item()): require_finite('action probabilities', distribution[0], start=self.start)
         self.obs, *happened, _ = self.env.step(self.policy.to_env(action.cpu().numpy().reshape(self.env.num_envs, *action.shape[2:])))
         reward, terminated, truncated = (x.reshape(self.shape) for x in happened)
         over = terminated | truncated
         self.left = self.left - (over & live)
         self.begins = over & (self.left > 0)
         if self.policy.config.history: self.past = history(self.policy, action, self._tensor(reward), self._tensor(self.begins))
-        return (obs, action, out['value'], *distribution), (reward, terminated & live, truncated & live, live, begins)
+        self.acted.append((obs, action, out['value'], *distribution)), self.happened.append((reward, terminated & live, truncated & live, live, begins))
 
     @torch.no_grad()
     def recompute_memory(self,
@@ -213,9 +211,10 @@ def collect(
     key: tuple = (), # further key of that stream: outer step, adaptation step, ...
     start: int = 0, # global index of the first task
     deterministic: bool = False, # the most likely action instead of a sample
+    stepper: Callable = None, # of parameters, gives a function of one step; None: `policy.stepper`
 ) -> Trajectories: # [M, K, T, ...]
     "Whole trajectories: K of each of M tasks, in one batch; memory is cut at the start of each."
-    return Rollout(policy, tasks, config, purpose, key, start, deterministic).run(params, config.trial_length)
+    return Rollout(policy, tasks, config, purpose, key, start, deterministic, stepper).run(params, config.trial_length)
 
 # %% ../nbs/03_rollout.ipynb #030055
 def linear_baseline(

@@ -338,12 +338,11 @@ def test_the_penalty_is_nothing_in_the_first_epoch():
 @pytest.mark.parametrize('case', [dict(), dict(first_order=True, inner_steps=2), dict(surrogate='dice', inner_kl=.5, tasks_per_chunk=2)])
 @pytest.mark.parametrize('history', [False, True])
 def test_the_traced_meta_gradient_is_that_of_autograd(case, history):
-    from ssm_metarl.compiling import Compiled
     plain, traced = make(history=history, **case), make(history=history, compile=True, **case)
-    traced._compiled = traced.config, Compiled(traced._gradient, 'eager')  # inductor itself: below
+    traced.backend = 'eager'  # inductor itself: below
     for step in range(2):
         assert traced.outer_step(tasks_of(traced, step)) == pytest.approx(plain.outer_step(tasks_of(plain, step)), rel=1e-10, abs=1e-10)
-    assert len(traced._compiled[1].graphs) == (2 if 'tasks_per_chunk' in case else 1)  # no graph is traced twice
+    assert len(traced.compiled('gradient').graphs) == (2 if 'tasks_per_chunk' in case else 1)  # no graph is traced twice
     assert_same({k: v.round(10) + 0 for k, v in plain.state_dict().items()}, {k: v.round(10) + 0 for k, v in traced.state_dict().items()})
 
 
@@ -356,9 +355,8 @@ def test_the_compiled_meta_gradient_is_of_second_order():
 
 
 def test_the_compiled_step_names_tasks_that_are_not_finite_and_changes_nothing(monkeypatch):
-    from ssm_metarl.compiling import Compiled
     learner = make(compile=True, tasks_per_chunk=2)
-    learner._compiled = learner.config, Compiled(learner._gradient, 'eager')
+    learner.backend = 'eager'
     before = learner.state_dict()
     error, match = poison_query(learner, monkeypatch)
     with pytest.raises(error, match=match): learner.outer_step(tasks_of(learner))
@@ -380,13 +378,11 @@ def test_joint_training_in_chunks_is_joint_training(cls):
 
 
 @pytest.mark.parametrize('core', ['gru', 'none'])
-def test_every_core_can_be_traced_and_another_config_is_another_graph(core, monkeypatch):
-    from ssm_metarl.compiling import Compiled
+def test_every_core_can_be_traced_and_another_config_is_another_graph(core):
     plain, traced = make(core=core), make(core=core, compile=True)
+    traced.backend = 'eager'
     for changes in (dict(), dict(inner_lr=.1, clip=.05, entropy_coef=.5)):
         plain.config, traced.config = replace(plain.config, **changes), replace(traced.config, **changes)
-        if not changes: traced._compiled = traced.config, Compiled(traced._gradient, 'eager')
-        else: monkeypatch.setattr('ssm_metarl.maml.Compiled', lambda f: Compiled(f, 'eager'))
         assert traced.outer_step(tasks_of(traced)) == pytest.approx(plain.outer_step(tasks_of(plain)), rel=1e-9, abs=1e-9)
 
 
