@@ -103,12 +103,11 @@ def meta_steps(core, first_order, dtype=torch.float32, compiled=False):
     "Two functions that give the meta-gradient of the same trajectories: stacked, and task by task."
     ours = learner(core, dtype, first_order=first_order, compile=compiled)
     tasks = sample_tasks(ours.env, 20)
-    support, query = ours.collect_all(tasks)
-    A, A_query = advantages(support), advantages(query)
+    ((support, A), (query, A_query)), _ = ours.collect_all(tasks)
     scale, names = returns_variance(query, .99), list(ours.params)
     def stacked():
         ours.optimizer.zero_grad()
-        if compiled: ours.accumulate_compiled([(support, A)], query, A_query, scale, 20, 0)
+        if compiled: ours.accumulate_compiled([(support, A)], query, A_query, scale, {}, 20, 0)
         else: ours.accumulate(*ours.outer_loss([(support, A)], query, A_query, scale)[:2], 20)
         return [ours.params[k].grad for k in names]
     def loop():

@@ -159,11 +159,12 @@ class MetaLearner(ABC):
     def adapt(self,
               params: dict, # [M, ...], or [...]: the same start for all tasks
               traj: Trajectories, # support trajectories of M tasks, collected with `params`
+              advantage: Tensor = None, # [M, K, T], if known already
              ) -> dict: # adapted, [M, ...]
         "One more gradient step of adaptation, for each task on its own trajectories."
         M = len(traj.obs)
         start = {k: v.detach().expand(M, *self.params[k].shape).requires_grad_() for k, v in params.items()}
-        return {k: v.detach() for k, v in inner_step(self.policy, start, traj, self.config, lr=self.inner_lr).items()}
+        return {k: v.detach() for k, v in inner_step(self.policy, start, traj, self.config, advantage, lr=self.inner_lr).items()}
 
     @property
     def config_now(self) -> MetaConfig:
@@ -283,25 +284,27 @@ class MetaMAML(MetaLearner):
 
     def collect_all(self,
                     tasks: list, # M tasks
-                   ) -> list: # of inner_steps + 1 Trajectories
+                   ) -> tuple: # list of inner_steps + 1 pairs (trajectories, advantage [M, K, T]); adapted parameters [M, ...]
         "Support trajectories of each inner step, then query trajectories of the adapted policies. Raises FloatingPointError if one is not finite."
-        params, trajectories = {k: v.detach() for k, v in stack(self.params, len(tasks)).items()}, []
+        params, pairs = {k: v.detach() for k, v in stack(self.params, len(tasks)).items()}, []
         stepper, adapt = (self.compiled('stepper'), self.compiled('adapt')) if self.config.compile else (None, self._adapt)
         for i in range(self.config.inner_steps + 1):
             traj = collect(self.policy, params, tasks, self.env, key=(self.step, i), stepper=stepper)
             require_finite('rewards', traj.reward.masked_fill(~traj.mask, 0))
-            trajectories.append(traj)
-            if i < self.config.inner_steps: params = adapt(self.learned, params, vars(traj))
+            pairs.append((traj, advantages(traj, self.config.gamma, self.config.gae_lambda)))
+            if i < self.config.inner_steps: params = adapt(self.learned, params, vars(traj), pairs[-1][1])
             require_finite('adapted parameters', *params.values())
-        return trajectories
+        return pairs, params
 
     def adapted(self,
                 params: dict, # meta-parameters, [...]
                 support: list, # of (trajectories, advantage), one for each inner step
+                reached: dict = {}, # where they lead from there, if known and if first order is enough, [M, ...]
                ) -> tuple: # parameters after all inner steps [M, ...]; KL divergence of the policies that collected from those that would collect now, [M]
         "Adaptation as a function of the meta-parameters."
         config, params = self.config, stack(params, len(support[0][1]))
         moved = support[0][1].new_zeros(len(support[0][1]))
+        if reached: return {k: reached[k] + (v - v.detach()) for k, v in params.items()}, moved
         for traj, advantage in support:
             logp = support_logp(self.policy, params, traj)
             change = (logp - traj.logp).masked_fill(~traj.mask, 0)
@@ -314,27 +317,28 @@ class MetaMAML(MetaLearner):
                    query: Trajectories, # of the adapted policies
                    advantage: Tensor, # of the query, [M, K, T]
                    scale: Tensor = None, # as for `query_losses`
+                   reached: dict = {}, # as for `adapted`
                   ) -> tuple: # as `query_losses`
         "How the adapted policies do on their query trajectories, as a function of the meta-parameters; with ProMP's penalty (Rothfuss et al., ICLR 2019)."
-        params, moved = self.adapted(self.params, support)
+        params, moved = self.adapted(self.params, support, reached)
         loss, error, kl = query_losses(self.policy, params, query, advantage, self.config_now, scale)
         return loss + self.config.inner_kl * moved, error, kl
 
-    def outer_epoch(self, support, query, advantage):  # one step of Adam, chunk by chunk
+    def outer_epoch(self, support, query, advantage, reached={}):  # one step of Adam, chunk by chunk
         M, results = len(advantage), []
         size, scale = self.config.tasks_per_chunk or M, returns_variance(query, self.config.gamma)
         self.optimizer.zero_grad()
         for start in range(0, M, size):
             rows = slice(start, start + size)
-            chunk = [(t.of_tasks(rows), a[rows]) for t, a in support], query.of_tasks(rows), advantage[rows], scale
+            chunk = [(t.of_tasks(rows), a[rows]) for t, a in support], query.of_tasks(rows), advantage[rows], scale, {k: v[rows] for k, v in reached.items()}
             results.append(self.accumulate_compiled(*chunk, M, start) if self.config.compile else self.outer_loss(*chunk))
             if not self.config.compile: self.accumulate(*results[-1][:2], M, start)
         norm = self.update()
         loss, _, kl = (torch.cat([x.detach() for x in column]) for column in zip(*results))
         return loss, kl, norm
 
-    def accumulate_compiled(self, support, query, advantage, scale, M, start):  # `outer_loss` and `accumulate`, as one graph
-        *results, grads = self.compiled('gradient')(self.learned, [(vars(t), a) for t, a in support], vars(query), advantage, scale)
+    def accumulate_compiled(self, support, query, advantage, scale, reached, M, start):  # `outer_loss` and `accumulate`, as one graph
+        *results, grads = self.compiled('gradient')(self.learned, [(vars(t), a) for t, a in support], vars(query), advantage, scale, reached)
         check_losses(*results[:2], start)
         for k, g in grads.items(): self.learned[k].grad = g / M if self.learned[k].grad is None else self.learned[k].grad + g / M
         return results
@@ -352,20 +356,22 @@ class MetaMAML(MetaLearner):
             yield
         finally: self.learned, self.params = before
 
-    def _gradient(self, learned, support, query, advantage, scale):  # losses, and gradient of their sum, as a function of what is learned
+    def _gradient(self, learned, support, query, advantage, scale, reached):  # losses, and gradient of their sum, as a function of what is learned
         with self.learning({k: v.detach().requires_grad_() for k, v in learned.items()}):
-            loss, error, kl = self.outer_loss([(Trajectories(**t), a) for t, a in support], Trajectories(**query), advantage, scale)
+            loss, error, kl = self.outer_loss([(Trajectories(**t), a) for t, a in support], Trajectories(**query), advantage, scale, reached)
             grads = torch.autograd.grad((loss + error).sum(), list(self.learned.values()), allow_unused=True)
             return loss.detach(), error.detach(), kl.detach(), {k: g for k, g in zip(self.learned, grads) if g is not None}
 
-    def _adapt(self, learned, params, traj):  # as a function of what is learned: step sizes can be
-        with self.learning(learned): return self.adapt(params, Trajectories(**traj))
+    def _adapt(self, learned, params, traj, advantage):  # as a function of what is learned: step sizes can be
+        with self.learning(learned): return self.adapt(params, Trajectories(**traj), advantage)
 
     def outer_step(self, tasks):
         with self.all_or_nothing():
-            *support, (query, advantage) = [(t, advantages(t, self.config.gamma, self.config.gae_lambda)) for t in self.collect_all(tasks)]
-            step = self.trust_region_step if self.config.outer == 'trpo' else lambda *args: [self.outer_epoch(*args) for _ in range(self.config.outer_epochs)][-1]
-            loss, kl, norm = step(support, query, advantage)
+            (*support, (query, advantage)), reached = self.collect_all(tasks)
+            if self.config.outer == 'trpo': loss, kl, norm = self.trust_region_step(support, query, advantage)
+            else:
+                if not self.config.first_order or self.config.inner_kl or len(self.learned) > len(self.params): reached = {}  # more depends on the start than where the steps lead
+                for i in range(self.config.outer_epochs): loss, kl, norm = self.outer_epoch(support, query, advantage, {} if i else reached)
             self.step += 1
         return dict(pre_return=support[0][0].returns.mean().item(), post_return=query.returns.mean().item(), loss=loss.mean().item(),
                     grad_norm=norm, kl=kl.mean().item(), env_steps=sum(t.num_steps for t, _ in support) + query.num_steps)

@@ -35,9 +35,10 @@ class Reptile(MetaMAML):
                    query: Trajectories, # of the adapted policies, for the value head
                    advantage: Tensor, # of the query, [M, K, T]
                    scale: Tensor = None, # as for `query_losses`
+                   reached: dict = {}, # as for `adapted`
                   ) -> tuple: # half the squared distance over alpha, with ProMP's penalty [M]; error of the value head [M]; KL divergence [M]
         "How far adaptation leads away, as a function of the start."
-        adapted, moved = self.adapted(self.params, support)
+        adapted, moved = self.adapted(self.params, support, reached)
         fixed = {k: v if k.startswith('value.') else v.detach() for k, v in adapted.items()}
         distance = sum(((self.params[k] - v.detach())**2).flatten(1).sum(1) for k, v in adapted.items())
         _, error, kl = query_losses(self.policy, fixed, query, advantage, self.config, scale)

@@ -163,8 +163,9 @@ def test_reptile_names_the_task_that_goes_astray_and_changes_nothing(chunk, monk
     learner.outer_step(tasks_of(learner))
     before, collect_all = learner.state_dict(), learner.collect_all
     def poisoned(tasks):
-        first, second, query = collect_all(tasks)
-        return [first, replace(second, reward=torch.where(torch.arange(M)[:, None, None] == 1, torch.nan, second.reward)), query]
+        (first, (second, advantage), query), adapted = collect_all(tasks)
+        bad = torch.arange(M)[:, None, None] == 1
+        return [first, (second, torch.where(bad, torch.nan, advantage)), query], {k: v + torch.where(bad.view(-1, *[1] * (v.dim() - 1)), torch.nan, 0.) for k, v in adapted.items()}
     monkeypatch.setattr(learner, 'collect_all', poisoned)
     with pytest.raises(FloatingPointError, match=r'losses of tasks \[1\] are not finite'): learner.outer_step(tasks_of(learner, 1))
     assert_same(before, learner.state_dict())
