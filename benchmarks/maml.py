@@ -7,7 +7,7 @@ python benchmarks/maml.py --json FILE            also write {"rows": [{"name", "
 An iteration at the size of nav2d: 20 tasks x 20 trajectories x 100 steps, collected before and after one inner step, and one outer gradient. The peer does what a reader of the paper would write: for each task a Gymnasium
 `SyncVectorEnv` of plain environments, actions sampled with `torch.distributions`, and autograd through the adaptation of that task; its network is the same, with parameters of its own. The meta-step alone has the trajectories
 given, in float64 for the check: both must give the same meta-gradient, to 1e-8. "GRU" is the same with a gated recurrent unit as memory (`nn.GRU` has no functional form per task, so the peer takes ours, one task at a time).
-One CPU thread.
+One CPU thread; the allocator keeps freed memory (`keep_memory`), as in the command line.
 """
 import argparse
 from dataclasses import replace
@@ -20,6 +20,7 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from paired import paired, write_rows
 
+from ssm_metarl.compiling import keep_memory
 from ssm_metarl.envs import EnvConfig, sample_tasks
 from ssm_metarl.maml import MetaMAML, returns_variance
 from ssm_metarl.pipeline import CONFIGS
@@ -147,6 +148,7 @@ def main():
     parser.add_argument('--json', metavar='FILE')
     args = parser.parse_args()
     torch.set_num_threads(1)
+    keep_memory()
     rows = []
     for name, ours, peer_name, peer in cases():
         if args.words and not any(word in name for word in args.words): continue

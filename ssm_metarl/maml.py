@@ -287,9 +287,9 @@ class MetaMAML(MetaLearner):
                    ) -> tuple: # list of inner_steps + 1 pairs (trajectories, advantage [M, K, T]); adapted parameters [M, ...]
         "Support trajectories of each inner step, then query trajectories of the adapted policies. Raises FloatingPointError if one is not finite."
         params, pairs = {k: v.detach() for k, v in stack(self.params, len(tasks)).items()}, []
-        stepper, adapt = (self.compiled('stepper'), self.compiled('adapt')) if self.config.compile else (None, self._adapt)
+        actor, adapt = (self.compiled('actor'), self.compiled('adapt')) if self.config.compile else (None, self._adapt)
         for i in range(self.config.inner_steps + 1):
-            traj = collect(self.policy, params, tasks, self.env, key=(self.step, i), stepper=stepper)
+            traj = collect(self.policy, params, tasks, self.env, key=(self.step, i), actor=actor)
             require_finite('rewards', traj.reward.masked_fill(~traj.mask, 0))
             pairs.append((traj, advantages(traj, self.config.gamma, self.config.gae_lambda)))
             if i < self.config.inner_steps: params = adapt(self.learned, params, vars(traj), pairs[-1][1])
@@ -343,9 +343,9 @@ class MetaMAML(MetaLearner):
         for k, g in grads.items(): self.learned[k].grad = g / M if self.learned[k].grad is None else self.learned[k].grad + g / M
         return results
 
-    def compiled(self, name):  # 'gradient', 'adapt' or 'stepper'; a graph holds the config's numbers as constants
+    def compiled(self, name):  # 'gradient', 'adapt' or 'actor'; a graph holds the config's numbers as constants
         if self._compiled is None or self._compiled[0] != self.config:
-            self._compiled = self.config, dict(gradient=Compiled(self._gradient, self.backend), adapt=Compiled(self._adapt, self.backend), stepper=CompiledStepper(self.policy.stepper, self.backend))
+            self._compiled = self.config, dict(gradient=Compiled(self._gradient, self.backend), adapt=Compiled(self._adapt, self.backend), actor=CompiledStepper(self.policy.actor, self.backend))
         return self._compiled[1][name]
 
     @contextmanager

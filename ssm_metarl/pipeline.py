@@ -40,6 +40,7 @@ from tqdm import tqdm
 
 from . import __version__
 from .adapter import AdaptationConfig, Adapter, MetaRLHook, create_adapter, make_strategy, per_task
+from .compiling import keep_memory
 from .envs import MAX_TASKS, EnvConfig, sample_tasks
 from .evaluation import compare, evaluate_returns, evaluation_trajectories, expected_returns, iqm, reference_returns, stratified_interval
 from .inner_loop import stack
@@ -876,6 +877,7 @@ def main(
 ) -> int: # exit status: 0, 1 (the run failed), 2 (it was asked for wrongly) or 130 (interrupted)
     "The command line: progress and a table on stderr, one JSON object as the last line of stdout."
     torch.set_num_threads(1)  # the batches are small: more threads get into each other's way
+    keep_memory()
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         result = parse(argv).run()

@@ -228,6 +228,16 @@ class SSMMetaPolicy(nn.Module):
             return outputs(u + y), state
         return step
 
+    def actor(self,
+              params: dict = None, # as in `functional`; None: the module's own
+             ): # function (obs [..., O], state [..., P], noise [..., A] or None) -> (action, outputs, state)
+        "`stepper` and `choose_action` in one."
+        step = self.stepper(params)
+        def act(obs, state, noise=None):
+            out, state = step(obs, state)
+            return choose_action(out, noise), out, state
+        return act
+
     def forward(self,
                 obs: Tensor, # [B, T, O], or one step [B, O]
                 state: Tensor = None, # memory before the first step, [B, P]

@@ -146,10 +146,10 @@ class Rollout:
                  key: tuple = (), # further key of that stream: outer step, adaptation step, ...
                  start: int = 0, # global index of the first task
                  deterministic: bool = False, # the most likely action instead of a sample
-                 stepper: Callable = None): # of parameters, gives a function of one step; None: `policy.stepper`
+                 actor: Callable = None): # of parameters, gives a function of one step; None: `policy.actor`
         if not tasks: raise ValueError('tasks is empty; give at least one, as sample_tasks does')
         M, K = self.shape = len(tasks), config.num_envs
-        self.policy, self.stepper, self.like, self.length, self.start = policy, stepper or policy.stepper, next(policy.parameters()), config.trial_length, start
+        self.policy, self.actor, self.like, self.length, self.start = policy, actor or policy.actor, next(policy.parameters()), config.trial_length, start
         mode = AutoresetMode.SAME_STEP if config.episodes_per_trial > 1 else AutoresetMode.DISABLED
         self.env = EnvBatch(replace(config, num_envs=M * K), [task for task in tasks for _ in range(K)], mode)
         noise = None if deterministic else self._tensor(action_noise(policy, M, K, self.length, config.seed, purpose, key, start))
@@ -172,7 +172,7 @@ class Rollout:
         "Act for some steps; what follows the end is masked. Raises ValueError past the last step."
         left = self.length - len(self.acted)
         if not 0 < steps <= left: raise ValueError(f'steps={steps} is not one of the {left} that a trajectory of {self.length} steps leaves; start a new Rollout')
-        act = self.stepper(params)
+        act = self.actor(params)
         for _ in range(steps): self._step(act)
         obs, action, value, *distribution = (torch.stack(x, 2) for x in zip(*self.acted))
         logp = action_log_prob(dict(zip(self.distribution, distribution)), action)
@@ -183,8 +183,8 @@ class Rollout:
 
     def _step(self, act):
         obs, live, begins = self._tensor(self.obs).view(*self.shape, -1), self.left > 0, self.begins
-        out, self.memory = act(torch.cat([obs, self.past], -1) if self.policy.config.history else obs, self.memory)
-        action, distribution = choose_action(out, self.noise[len(self.acted)]), [out[k] for k in self.distribution]
+        action, out, self.memory = act(torch.cat([obs, self.past], -1) if self.policy.config.history else obs, self.memory, self.noise[len(self.acted)])
+        distribution = [out[k] for k in self.distribution]
         if not isfinite(distribution[0].sum().item()): require_finite('action probabilities', distribution[0], start=self.start)
         self.obs, *happened, _ = self.env.step(self.policy.to_env(action.cpu().numpy().reshape(self.env.num_envs, *action.shape[2:])))
         reward, terminated, truncated = (x.reshape(self.shape) for x in happened)
@@ -211,10 +211,10 @@ def collect(
     key: tuple = (), # further key of that stream: outer step, adaptation step, ...
     start: int = 0, # global index of the first task
     deterministic: bool = False, # the most likely action instead of a sample
-    stepper: Callable = None, # of parameters, gives a function of one step; None: `policy.stepper`
+    actor: Callable = None, # of parameters, gives a function of one step; None: `policy.actor`
 ) -> Trajectories: # [M, K, T, ...]
     "Whole trajectories: K of each of M tasks, in one batch; memory is cut at the start of each."
-    return Rollout(policy, tasks, config, purpose, key, start, deterministic, stepper).run(params, config.trial_length)
+    return Rollout(policy, tasks, config, purpose, key, start, deterministic, actor).run(params, config.trial_length)
 
 # %% ../nbs/03_rollout.ipynb #030055
 def linear_baseline(
