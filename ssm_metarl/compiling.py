@@ -108,7 +108,8 @@ class CompiledStepper:
             early, late = split(trace(flat, *values, *changing), len(values))
             if self.backend != 'eager':
                 from torch._inductor import compile
-                with needs_compiler(): late = compile(late, [*early(*values), *changing], options={'cpp_wrapper': True})
+                carried = early(*values)
+                with needs_compiler(): late = compile(late, [*carried, *changing], options={'cpp_wrapper': changing[0].device.type == 'cpu'})  # calls without Python between them
             self.graphs[key] = early, late, layouts[0]
         early, late, layout = self.graphs[key]
         return late, early(*values), layout

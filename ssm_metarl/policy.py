@@ -71,7 +71,7 @@ class PolicyConfig:
     init: str = 'lru' # eigenvalues of the core, as in `SSMConfig`
     init_log_std: float = -0.5 # initial log standard deviation of a Gaussian action, in units of half the action range
     min_log_std: float = -2.5 # floor of the same; keeps exploring, and log-probabilities finite
-    core: str = 'ssm' # the memory: 'ssm', 'gru', or 'none', an SSM without dynamics
+    core: str = 'ssm' # the memory: 'ssm', 'stack' of two such layers, 'gru', or 'none', an SSM without dynamics
     history: bool = False # also see the previous action, reward and episode start (RL^2 needs it)
 
     def __post_init__(self):

@@ -380,7 +380,7 @@ def test_joint_training_in_chunks_is_joint_training(cls):
         with pytest.raises(ValueError, match='joint training has neither'): learner(**kw)
 
 
-@pytest.mark.parametrize('core', ['gru', 'none'])
+@pytest.mark.parametrize('core', ['stack', 'gru', 'none'])
 def test_every_core_can_be_traced_and_another_config_is_another_graph(core):
     plain, traced = make(core=core), make(core=core, compile=True)
     traced.backend = 'eager'
