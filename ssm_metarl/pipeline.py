@@ -161,7 +161,8 @@ CONFIGS |= {
     'bandit-independent': learn_in_memory('MetaBandit-v0', {'arms': 2}, 30, 600),
     'bandit-10-5': learn_in_memory('MetaBandit-v0', {'arms': 5}, 10, 1500),
     'bandit-100-5': learn_in_memory('MetaBandit-v0', {'arms': 5}, 100, 2500, num_envs=1, gae_lambda=0.98),
-    'mdp-10': learn_in_memory('MetaTabularMDP-v0', {}, 10, 800, episodes_per_trial=10, num_envs=1, gae_lambda=0.9, entropy_coef=0.003),
+    'mdp-10': replace(learn_in_memory('MetaTabularMDP-v0', {}, 10, 1500, episodes_per_trial=10, num_envs=1, tasks_per_batch=128, outer_epochs=4, outer_lr=2e-3, gae_lambda=0.8, entropy_coef=0.01),
+                      policy=PolicyConfig(64, 64, history=True)),
 }
 
 # %% ../nbs/08_pipeline.ipynb #080017
@@ -588,7 +589,7 @@ RELATIVES = {'MAML': {}, 'first-order MAML': {'meta': {'first_order': True, 'inn
 EXPERIMENTS |= {'nav2d-relatives': Experiment(replace(CONFIGS['nav2d'], meta=replace(CONFIGS['nav2d'].meta, outer_steps=100)), RELATIVES)}
 EXPERIMENTS |= {'nav2d-rotated': Experiment(CONFIGS['nav2d-rotated'], MEMORIES)}
 EXPERIMENTS |= {name: Experiment(CONFIGS[name], MEMORIES, validation=0, score_tasks=20_000) for name in ('bandit-dependent', 'bandit-independent', 'bandit-10-5', 'bandit-100-5')}
-EXPERIMENTS |= {'mdp-10': Experiment(CONFIGS['mdp-10'], MEMORIES, validation=0, score_tasks=1000)}
+EXPERIMENTS |= {'mdp-10': Experiment(CONFIGS['mdp-10'], MEMORIES | {'two SSM layers': {'policy': {'core': 'stack'}}}, validation=0, score_tasks=1000)}
 
 
 def trial_scores(
