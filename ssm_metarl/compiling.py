@@ -83,13 +83,13 @@ class CompiledStepper:
 
     def __call__(self,
                  params: dict, # flat dict, each value [...] or [M, ...]
-                ) -> Callable: # function of tensors, with results that nest as those of the stepper
+                ) -> Callable: # function of tensors (trailing ones may be None), with results that nest as those of the stepper
         "A function for one step at a time, for as long as the parameters stay. Raises RuntimeError where there is no C++ compiler."
         fixed, ready = {k: v.detach().contiguous() for k, v in params.items()}, {}
 
         @torch.no_grad()
         def step(*changing):
-            changing = [x.contiguous() for x in changing]
+            changing = [x.contiguous() for x in changing if x is not None]
             key = tuple(x.shape for x in changing)
             if key not in ready: ready[key] = self.prepare(fixed, changing)
             run, carried, layout = ready[key]

@@ -13,7 +13,7 @@ from ssm_metarl.envs import FAMILIES, EnvConfig, Family, register_family, sample
 from ssm_metarl.inner_loop import stack
 from ssm_metarl.maml import MetaConfig, MetaLearner, MetaMAML, inner_step
 from ssm_metarl.policy import PolicyConfig, SSMMetaPolicy, action_log_prob, kl_divergence
-from ssm_metarl.rollout import advantages, collect, masked_mean, policy_inputs, policy_surrogate, require_finite
+from ssm_metarl.rollout import Rollout, advantages, collect, masked_mean, policy_inputs, policy_surrogate, require_finite
 
 M, K, T = 3, 4, 10
 
@@ -393,3 +393,24 @@ def test_a_missing_compiler_is_named(tmp_path):
     code = "import torch; from ssm_metarl.compiling import Compiled; Compiled(lambda x: (x * 2 + 1,))(torch.ones(3))"
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=os.environ | {'CXX': '/nowhere/g++', 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path)})
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith('RuntimeError: there is no C++ compiler')
+
+
+@pytest.mark.parametrize('core', ['ssm', 'stack', 'gru'])
+@pytest.mark.parametrize('family, episodes', [('MetaGymToy-v0', 1), ('MetaTabularMDP-v0', 2)])
+def test_a_compiled_actor_does_what_the_policy_does(core, family, episodes):
+    "Traced and cut in two; what inductor makes of it is tested in notebook 03d."
+    from ssm_metarl.compiling import CompiledStepper
+    env = EnvConfig(family, num_envs=2, time_limit=6, episodes_per_trial=episodes)
+    policy = SSMMetaPolicy(env.family.observation_space, env.family.action_space, PolicyConfig(5, 4, core=core, history=True)).double()
+    actor, tasks = CompiledStepper(policy.actor, 'eager'), sample_tasks(env, 3)
+    for size, params in ((.1, stack(policy.get_params(), 3)), (.2, policy.get_params()), (.3, stack(policy.get_params(), 3))):
+        params = {k: v + size * torch.randn(v.shape, generator=torch.Generator().manual_seed(i), dtype=v.dtype) for i, (k, v) in enumerate(params.items())}
+        for deterministic in (False, True):
+            plain, traced = (collect(policy, params, tasks, env, deterministic=deterministic, actor=a) for a in (None, actor))
+            for name, v in vars(plain).items(): torch.testing.assert_close(getattr(traced, name), v, rtol=1e-10, atol=1e-10)
+        parts = Rollout(policy, tasks, env, actor=actor)  # the parameters change on the way
+        parts.run(params, 2), parts.recompute_memory(params, parts.run({k: 2 * v for k, v in params.items()}, 1))
+        whole = Rollout(policy, tasks, env)
+        whole.run(params, 2), whole.recompute_memory(params, whole.run({k: 2 * v for k, v in params.items()}, 1))
+        for a, b in zip(vars(parts.run(params, 2)).values(), vars(whole.run(params, 2)).values()): torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    assert len(actor.graphs) == 4  # one or a set of parameters for each task, with noise or without
