@@ -344,6 +344,8 @@ class MetaMAML(MetaLearner):
         return results
 
     def compiled(self, name):  # 'gradient', 'adapt' or 'actor'; a graph holds the config's numbers as constants
+        memory = self.policy.initial_state(1)
+        if self.backend == 'inductor' and memory.is_complex() and memory.shape[-1] == 1: raise ValueError("compile=True with state_dim=2: PyTorch's compiler cannot handle a single complex mode; take state_dim=4 or more, init='real', or compile=False")
         if self._compiled is None or self._compiled[0] != self.config:
             self._compiled = self.config, dict(gradient=Compiled(self._gradient, self.backend), adapt=Compiled(self._adapt, self.backend), actor=CompiledStepper(self.policy.actor, self.backend))
         return self._compiled[1][name]
