@@ -5,7 +5,7 @@ python benchmarks/maml.py iteration              only rows whose name contains o
 python benchmarks/maml.py --json FILE            also write {"rows": [{"name", "ratio", "peer", "ms"}]}
 
 An iteration at the size of nav2d: 20 tasks x 20 trajectories x 100 steps, collected before and after one inner step, and one outer gradient. The peer does what a reader of the paper would write: for each task a Gymnasium
-`SyncVectorEnv` of plain environments, actions sampled with `torch.distributions`, and autograd through the adaptation of that task; its network is the same, with parameters of its own. The meta-step alone has the trajectories
+`SyncVectorEnv` of plain environments, actions sampled with `torch.distributions`, and autograd through the adaptation of that task (in first order neither side adapts again for the outer gradient); its network is the same, with parameters of its own. The meta-step alone has the trajectories
 given, in float64 for the check: both must give the same meta-gradient, to 1e-8. "GRU" is the same with a gated recurrent unit as memory (`nn.GRU` has no functional form per task, so the peer takes ours, one task at a time).
 One CPU thread; the allocator keeps freed memory (`keep_memory`), as in the command line.
 """
@@ -71,12 +71,18 @@ def collect_one(policy, params, env, T=100):
     return Trajectories(obs, action, reward, ~on, ~on, on, first, first, logp, value)
 
 
-def one_task_loss(policy, theta, config, support, advantage, query, query_advantage, scale):
-    "Adapt one task by a step, and judge it: plain autograd, for the parameters of one network."
+def one_task_loss(policy, theta, config, support, advantage, query, query_advantage, scale, reached=None):
+    "Adapt one task by a step, unless it is known where that leads, and judge it: plain autograd, for the parameters of one network."
+    if reached: return query_loss(policy, {k: v + (reached[k] - v).detach() for k, v in theta.items()}, config, query, query_advantage, scale)
     logp = action_log_prob(policy.functional(theta, support.obs[0], reset=support.memory_reset[0]), support.action[0])
     loss = -((logp - support.logp[0]).exp() * advantage[0])[support.mask[0]].mean()
     grads = torch.autograd.grad(loss, list(theta.values()), create_graph=not config.first_order, allow_unused=True)
     phi = {k: v if g is None else v - config.inner_lr * g for (k, v), g in zip(theta.items(), grads)}
+    return query_loss(policy, phi, config, query, query_advantage, scale)
+
+
+def query_loss(policy, phi, config, query, query_advantage, scale):
+    "Clipped ratio and error of the value head for one task."
     out = policy.functional(phi, query.obs[0], reset=query.memory_reset[0])
     ratio = (action_log_prob(out, query.action[0]) - query.logp[0]).exp()
     loss = -torch.minimum(ratio * query_advantage[0], ratio.clamp(1 - config.clip, 1 + config.clip) * query_advantage[0])[query.mask[0]].mean()
@@ -94,10 +100,10 @@ def loop_iteration(ours, envs):
         grads = torch.autograd.grad(-((logp - support.logp[0]).exp() * advantage[0]).mean(), list(theta.values()), allow_unused=True)
         phi = {k: (v if g is None else v - config.inner_lr * g).detach() for (k, v), g in zip(theta.items(), grads)}
         query = collect_one(policy, phi, env)
-        data.append((support, advantage, query, advantages(query, config.gamma, config.gae_lambda)))
+        data.append((support, advantage, query, advantages(query, config.gamma, config.gae_lambda), phi if config.first_order else None))
     scale = torch.stack([discounted_sum(d[2].reward, config.gamma) for d in data]).var()
     ours.optimizer.zero_grad()
-    for d in data: (one_task_loss(policy, theta, config, *d, scale) / len(data)).backward()
+    for *d, reached in data: (one_task_loss(policy, theta, config, *d, scale, reached) / len(data)).backward()
 
 
 def meta_steps(core, first_order, dtype=torch.float32, compiled=False):

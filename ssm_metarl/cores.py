@@ -93,7 +93,7 @@ class TwoLayers(SSMStack):
     "Two state space layers with norm, gate and residual, in the place of one."
 
     def __init__(self,
-                 config: SSMConfig, # input_dim D, state_dim N of each layer, output_dim H, also between the layers; init
+                 config: SSMConfig, # input_dim D, state_dim N of each layer, output_dim H, also between the layers; init; the rest is for a single layer
                  seed: int = 0): # of the initial parameters
         super().__init__(SSMStackConfig(config.input_dim, config.output_dim, config.output_dim, 2, config.state_dim, config.init), seed)
 

@@ -51,7 +51,7 @@ class MetaConfig:
     entropy_fade: float = 0.0 # share of the training in which the bonus falls to 0 in a straight line; 0: it stays
     max_grad_norm: float = 1.0 # clipping of the meta-gradient
     tasks_per_chunk: int = 0 # how many tasks are differentiated at once, to save memory; 0: all
-    compile: bool = False # compile meta-gradient, adaptation and the steps of rollouts: a minute or two at the start, then each is faster; needs a C++ compiler
+    compile: bool = False # compile meta-gradient, adaptation and the steps of rollouts: one to three minutes at the start, then each is faster; needs a C++ compiler
 
     def __post_init__(self):
         def require(ok, what, *names):
@@ -280,7 +280,7 @@ def trust_region(
 # %% ../nbs/04_maml.ipynb #040027
 class MetaMAML(MetaLearner):
     "Model-agnostic meta-learning (Finn et al., ICML 2017) of a policy: fresh trajectories after every step, an outer step of PPO or TRPO on those of the adapted policies."
-    backend, _compiled = 'inductor', None  # what compiles, if `config.compile`; the config, and what is compiled for it
+    backend, _compiled = 'inductor', None  # what compiles, if `config.compile`; what is compiled, and for what
 
     def collect_all(self,
                     tasks: list, # M tasks
@@ -346,8 +346,8 @@ class MetaMAML(MetaLearner):
     def compiled(self, name):  # 'gradient', 'adapt' or 'actor'; a graph holds the config's numbers as constants
         memory = self.policy.initial_state(1)
         if self.backend == 'inductor' and memory.is_complex() and memory.shape[-1] == 1: raise ValueError("compile=True with state_dim=2: PyTorch's compiler cannot handle a single complex mode; take state_dim=4 or more, init='real', or compile=False")
-        if self._compiled is None or self._compiled[0] != self.config:
-            self._compiled = self.config, dict(gradient=Compiled(self._gradient, self.backend), adapt=Compiled(self._adapt, self.backend), actor=CompiledStepper(self.policy.actor, self.backend))
+        if self._compiled is None or self._compiled[0] != (self.config, self.backend):
+            self._compiled = (self.config, self.backend), dict(gradient=Compiled(self._gradient, self.backend), adapt=Compiled(self._adapt, self.backend), actor=CompiledStepper(self.policy.actor, self.backend))
         return self._compiled[1][name]
 
     @contextmanager

@@ -194,7 +194,7 @@ class SSMMetaPolicy(nn.Module):
         "The parameters as a flat dict of tensors, detached copies: what the functional form takes."
         return {k: v.detach().clone() for k, v in self.named_parameters()}
 
-    def initial_state(self, *shape) -> Tensor: # complex [*shape, P]; real [*shape, N] for a GRU
+    def initial_state(self, *shape) -> Tensor: # complex [*shape, P]; [*shape, 2, P] for a stack; real [*shape, N] for a GRU
         "An empty memory for `shape` sequences."
         return self.core.initial_state(*shape)
 
