@@ -429,7 +429,7 @@ def spread_seed(
 ) -> list: # N integers, or None where there is no new seed
     "One seed per environment: s + i for environment i. Raises ValueError for a list of another length, or for seeds that are no integers from 0 to 2^64 - 1."
     seeds = [int(seed) + i for i in range(num_envs)] if isinstance(seed, Integral) else list(seed) if isinstance(seed, (list, tuple, np.ndarray)) else [seed] * num_envs
-    if len(seeds) != num_envs or not all(s is None or isinstance(s, Integral) and 0 <= s < 2**64 for s in seeds):
+    if len(seeds) != num_envs or not all(s is None or isinstance(s, (int, np.integer)) and 0 <= s < 2**64 for s in seeds):
         raise ValueError(f'seed={seed} does not fit {num_envs} environments; give one integer >= 0, or a list of {num_envs}')
     return seeds
 

@@ -287,11 +287,11 @@ class MetaMAML(MetaLearner):
                    ) -> tuple: # list of inner_steps + 1 pairs (trajectories, advantage [M, K, T]); adapted parameters [M, ...]
         "Support trajectories of each inner step, then query trajectories of the adapted policies. Raises FloatingPointError if one is not finite."
         params, pairs = {k: v.detach() for k, v in stack(self.params, len(tasks)).items()}, []
-        actor, adapt = (self.compiled('actor'), self.compiled('adapt')) if self.config.compile else (None, self._adapt)
+        actor, adapt, judge = (self.compiled('actor'), self.compiled('adapt'), self.compiled('judge')) if self.config.compile else (None, self._adapt, self._judge)
         for i in range(self.config.inner_steps + 1):
             traj = collect(self.policy, params, tasks, self.env, key=(self.step, i), actor=actor)
             require_finite('rewards', traj.reward.masked_fill(~traj.mask, 0))
-            pairs.append((traj, advantages(traj, self.config.gamma, self.config.gae_lambda)))
+            pairs.append((traj, judge(vars(traj))))
             if i < self.config.inner_steps: params = adapt(self.learned, params, vars(traj), pairs[-1][1])
             require_finite('adapted parameters', *params.values())
         return pairs, params
@@ -343,11 +343,11 @@ class MetaMAML(MetaLearner):
         for k, g in grads.items(): self.learned[k].grad = g / M if self.learned[k].grad is None else self.learned[k].grad + g / M
         return results
 
-    def compiled(self, name):  # 'gradient', 'adapt' or 'actor'; a graph holds the config's numbers as constants
+    def compiled(self, name):  # 'gradient', 'adapt', 'judge' or 'actor'; a graph holds the config's numbers as constants
         memory = self.policy.initial_state(1)
         if self.backend == 'inductor' and memory.is_complex() and memory.shape[-1] == 1: raise ValueError("compile=True with state_dim=2: PyTorch's compiler cannot handle a single complex mode; take state_dim=4 or more, init='real', or compile=False")
         if self._compiled is None or self._compiled[0] != (self.config, self.backend):
-            self._compiled = (self.config, self.backend), dict(gradient=Compiled(self._gradient, self.backend), adapt=Compiled(self._adapt, self.backend), actor=CompiledStepper(self.policy.actor, self.backend))
+            self._compiled = (self.config, self.backend), dict(gradient=Compiled(self._gradient, self.backend), adapt=Compiled(self._adapt, self.backend), judge=Compiled(self._judge, self.backend), actor=CompiledStepper(self.policy.actor, self.backend))
         return self._compiled[1][name]
 
     @contextmanager
@@ -363,6 +363,8 @@ class MetaMAML(MetaLearner):
             loss, error, kl = self.outer_loss([(Trajectories(**t), a) for t, a in support], Trajectories(**query), advantage, scale, reached)
             grads = torch.autograd.grad((loss + error).sum(), list(self.learned.values()), allow_unused=True)
             return loss.detach(), error.detach(), kl.detach(), {k: g for k, g in zip(self.learned, grads) if g is not None}
+
+    def _judge(self, traj): return advantages(Trajectories(**traj), self.config.gamma, self.config.gae_lambda)
 
     def _adapt(self, learned, params, traj, advantage):  # as a function of what is learned: step sizes can be
         with self.learning(learned): return self.adapt(params, Trajectories(**traj), advantage)
