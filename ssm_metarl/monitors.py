@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['per_task', 'choose', 'softmax_entropy', 'is_categorical', 'uncertainty', 'distance_from', 'task_samples', 'task_mean',
-           'Moments', 'FeatureMonitor', 'Monitors']
+           'Moments', 'shrunk_covariance', 'FeatureMonitor', 'stream_batches', 'Monitors']
 
 # %% ../nbs/04c_monitors.ipynb #04c0003
 from collections.abc import Mapping
@@ -117,45 +117,113 @@ class Moments:
         "One more batch; tasks without a sample in it stay as they are."
         x, count, a = x.double().masked_fill(~mask.unsqueeze(-1), 0), mask.sum(1, keepdim=True).double(), self.decay
         n = count.clamp(min=1)
-        new = dict(first=x.sum(1) / n, second=(x**2).sum(1) / n, weight=torch.ones_like(n), spread=(1 - a) / n)  # spread: sum of squared weights
+        new = dict(first=x.sum(1) / n, second=(x**2).sum(1) / n, weight=torch.ones_like(n), spread=(1 - a) / n, batches=torch.ones_like(n) / (1 - a))  # spread: sum of squared weights
         old = self.sums or {k: torch.zeros_like(v) for k, v in new.items()}
-        keep = {k: a**2 if k == 'spread' else a for k in new}
+        keep = dict.fromkeys(new, a) | dict(spread=a**2, batches=1)
         self.sums = choose(count[:, 0] > 0, {k: keep[k] * old[k] + (1 - a) * new[k] for k in new}, old)
 
     mean = property(lambda self: self.sums['first'] / self.sums['weight'], doc='[M, d]; nan before the first sample.')
     var = property(lambda self: (self.sums['second'] / self.sums['weight'] - self.mean**2).clamp(min=0), doc='[M, d]')
     samples = property(lambda self: (self.sums['weight']**2 / self.sums['spread'])[:, 0], doc='How many equally weighted samples the mean is worth, [M].')
+    batches = property(lambda self: self.sums['batches'][:, 0], doc='How many batches had a sample, [M].')
+
+# %% ../nbs/04c_monitors.ipynb #04c0021
+def shrunk_covariance(
+    x: Tensor, # float64 [n, d]
+) -> Tensor: # [d, d], positive definite
+    "Covariance, drawn towards its diagonal, the more the fewer samples there are."
+    n, d = x.shape
+    cov = x.T.cov().view(d, d)
+    diagonal = cov.diagonal() + 1e-6 * cov.diagonal().mean() + 1e-12  # a unit that was always silent has no variance
+    return torch.lerp(cov, torch.diag(diagonal), d / (d + n)) + torch.diag(diagonal - cov.diagonal())
 
 
 class FeatureMonitor:
-    "Distances of the moving feature statistics from those of the source."
+    "Distances of the moving feature statistics from those of the source, and an alarm that is rarely false."
 
     def __init__(self,
                  decay: float): # of the moving moments
-        self.moments, self.source = Moments(decay), {}
+        self.decay, self.source = decay, {}
+        self.forget()
+
+    def forget(self):
+        "Start the moving statistics afresh, with the alarm off; what is known of the source stays."
+        self.moments, self.raised = Moments(self.decay), None
 
     def calibrate(self,
-                  features: Tensor): # of source data, [..., d]
-        "Take mean and covariance of the source; the covariance is shrunk towards its diagonal, the more the fewer samples there are."
-        x = features.detach().double().flatten(0, -2)
-        n, d = x.shape
-        if n < 2: raise ValueError(f'features has shape {tuple(features.shape)}; source statistics need two samples at least')
-        cov = x.T.cov().view(d, d)
-        diagonal = cov.diagonal() + 1e-6 * cov.diagonal().mean() + 1e-12  # a unit that was always silent has no variance
-        self.source = dict(mean=x.mean(0), cov=torch.lerp(cov, torch.diag(diagonal), d / (d + n)) + torch.diag(diagonal - cov.diagonal()), count=torch.tensor(float(n)))
+                  features: Tensor, # of source data, [..., d]; for an alarm [S, T, n, d]: S streams, in T batches of n
+                  mask: Tensor = None, # bool [...]: samples that count
+                  false_alarms: float = None): # share of source streams that may raise the alarm within T batches; None: no alarm
+        "Tell what is normal. For an alarm, half of the streams tell what streams do, the other half where the threshold is. Raises ValueError if there are too few."
+        x = features.detach().double()
+        if mask is None: mask = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+        half = None if false_alarms is None else self._check_streams(x, false_alarms) // 2
+        single = x[mask] if half is None else x[:half][mask[:half]]
+        if len(single) < 2: raise ValueError(f'features has shape {tuple(features.shape)} and {len(single)} samples that count; source statistics need two at least')
+        self.source = dict(mean=single.mean(0), cov=shrunk_covariance(single), count=torch.tensor(float(len(single)), device=x.device))
+        if half is None: return
+        self.source |= self._course(*self._run(x[:half], mask[:half])[:2])
+        highest = self._run(x[half:], mask[half:])[2].nan_to_num(nan=-torch.inf).amax(1).sort().values  # of each stream
+        self.source['threshold'] = highest[int(np.ceil((len(highest) + 1) * (1 - false_alarms))) - 1]
+
+    @staticmethod
+    def _check_streams(x, false_alarms):  # -> how many
+        if not 0 < false_alarms < 1: raise ValueError(f'false_alarms={false_alarms!r} is not between 0 and 1')
+        needed = 2 * max(int(np.ceil(1 / false_alarms)) - 1, 2)
+        if x.dim() != 4 or len(x) < needed: raise ValueError(f'features has shape {tuple(x.shape)}; an alarm with false_alarms={false_alarms} needs [S, T, n, d] with S of at least {needed} streams')
+        return len(x)
+
+    def _run(self, x, mask):  # means [S, T, d] of streams after each batch, how many batches [S, T], and scores [S, T], if there is a course already
+        monitor, rows = FeatureMonitor(self.decay), []
+        monitor.source = self.source
+        for t in range(x.shape[1]):
+            monitor.moments.update(x[:, t], mask[:, t])
+            rows.append((monitor.moments.mean, monitor.moments.batches, monitor.score() if 'course' in self.source else monitor.moments.batches))
+        return [torch.stack(r, 1) for r in zip(*rows)]
+
+    @staticmethod
+    def _course(means, batches):  # mean and inverse covariance of the streams' means after 1, 2, ... batches, as far as half of the streams go
+        groups = [means[:, t][batches[:, t] == t + 1] for t in range(means.shape[1])]
+        groups = [g for g in groups if len(g) >= max(len(means) / 2, 2)]
+        if not groups: raise ValueError(f'more than half of these {len(means)} streams have no sample in their first batch; leave such streams out')
+        return dict(course=torch.stack([g.mean(0) for g in groups]), precision=torch.stack([torch.linalg.inv(shrunk_covariance(g)) for g in groups]))
+
+    def score(self) -> Tensor: # [M]
+        "Mahalanobis distance of each moving mean from those of source streams that are as old."
+        at = (self.moments.batches.long() - 1).clamp(0, len(self.source['course']) - 1)
+        delta = (self.moments.mean - self.source['course'][at]).unsqueeze(-1)
+        return (delta.mT @ self.source['precision'][at] @ delta).flatten().clamp(min=0).sqrt()
+
+    def update(self,
+               x: Tensor, # features, [M, n, d]
+               mask: Tensor): # bool [M, n]: samples that count
+        "One more batch. An alarm that was raised stays until `forget`."
+        self.moments.update(x, mask)
+        if 'threshold' in self.source:
+            raised = self.score() > self.source['threshold']  # never true of nan
+            self.raised = raised if self.raised is None else self.raised | raised
 
     def shift(self) -> dict: # name -> [M]; empty before calibration or data
-        "Mahalanobis distance, its z-score and p-value if nothing had moved, symmetric KL and Fréchet distance of diagonal Gaussians."
+        "Mahalanobis distance, its z-score and p-value if nothing had moved, symmetric KL and Fréchet distance of diagonal Gaussians; score and alarm if there is a threshold."
         if not (self.source and self.moments.sums): return {}
         mean, cov, d = self.source['mean'], self.source['cov'], len(self.source['mean'])
         delta, v0, v1 = self.moments.mean - mean, cov.diagonal(), self.moments.var + 1e-6 * cov.diagonal().mean() + 1e-12
         square = (delta * torch.linalg.solve(cov, delta.T).T).sum(1)
         chi2 = square / (1 / self.moments.samples + 1 / self.source['count'])
-        return dict(mahalanobis=square.sqrt(), shift_z=(chi2 - d) / (2 * d)**.5, shift_p=torch.from_numpy(np.asarray(stats.chi2.sf(chi2.cpu(), d))),
-                    symmetric_kl=(v0 / v1 + v1 / v0 - 2 + delta**2 * (1 / v0 + 1 / v1)).sum(1) / 2,
-                    frechet=(delta**2 + (v0.sqrt() - v1.sqrt())**2).sum(1))
+        report = dict(mahalanobis=square.sqrt(), shift_z=(chi2 - d) / (2 * d)**.5, shift_p=torch.from_numpy(np.asarray(stats.chi2.sf(chi2.cpu(), d))),
+                      symmetric_kl=(v0 / v1 + v1 / v0 - 2 + delta**2 * (1 / v0 + 1 / v1)).sum(1) / 2, frechet=(delta**2 + (v0.sqrt() - v1.sqrt())**2).sum(1))
+        return report if self.raised is None else report | dict(shift_score=self.score(), shift_alarm=self.raised)
 
+# %% ../nbs/04c_monitors.ipynb #04c0028
+def stream_batches(
+    x: Tensor, # of trajectories, [M, K, T, ...]
+    steps: int, # in a batch; divides T
+) -> Tensor: # [M, T / steps, K * steps, ...]
+    "What is seen of K trajectories of each task, some steps at a time. Raises ValueError if the steps are no divisor of T."
+    if x.shape[2] % steps: raise ValueError(f'steps={steps} does not divide the {x.shape[2]} steps of these trajectories')
+    return x.unflatten(2, (-1, steps)).transpose(1, 2).flatten(2, 3)
 
+# %% ../nbs/04c_monitors.ipynb #04c0031
 class Monitors:
     "What can be seen from outputs and features, with moving statistics."
 
@@ -167,7 +235,8 @@ class Monitors:
 
     def forget(self):
         "Start the moving statistics afresh; those of the source stay."
-        self.features.moments, self.entropy = Moments(self.decay), Moments(self.decay)
+        self.features.forget()
+        self.entropy = Moments(self.decay)
 
     @torch.no_grad()
     def observe(self, outputs, batch, feats, anchor) -> dict: # name -> [M], or None
@@ -179,14 +248,15 @@ class Monitors:
         self.entropy.update(h, h.isfinite()[..., 0])
         if feats is not None:
             x, mask = task_samples(feats.detach(), batch, self.stacked, dims=1)
-            self.features.moments.update(x, mask & x.isfinite().all(-1))
+            self.features.update(x, mask & x.isfinite().all(-1))
         return report | dict(entropy_ema=self.entropy.mean[:, 0]) | self.features.shift()
 
     def state(self) -> dict: # nested
         "The moving statistics, and those of the source."
-        return dict(entropy=self.entropy.sums, moments=self.features.moments.sums, source=self.features.source)
+        return dict(entropy=self.entropy.sums, moments=self.features.moments.sums, source=self.features.source, raised=self.features.raised)
 
     def put(self,
             state: dict): # as `state` gives it, empty parts left out
         "Go on from there."
         self.entropy.sums, self.features.moments.sums, self.features.source = (state.get(k, {}) for k in ('entropy', 'moments', 'source'))
+        self.features.raised = state.get('raised')

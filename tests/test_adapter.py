@@ -165,9 +165,9 @@ def test_guards_refuse_no_finite_proposal_and_leave_a_good_one_alone(seed, dtype
     average = project(flatten(start) + radius.mean() * noise['w'], centre, radius) if anchored else None
     if anchored: start = round_towards(project(project(flatten(start), average, radius), centre, radius), source)
     proposal = {'w': (flatten(start) + 10.**(size + wild) * far['w']).to(dtype)}
-    new, bounded, projected = guard(proposal, start, source, radius, max_step, average)
-    assert keeps_promise(new, start, source, radius, max_step).all()
-    if anchored: assert (vector_norm(flatten(new) - average, dim=1) <= radius + torch.finfo(dtype).eps * vector_norm(flatten(new), dim=1)).all()
+    new, rows, bounded, projected = guard(proposal, flatten(start), centre, radius, max_step, average)
+    assert torch.equal(rows, flatten(new)) and keeps_promise(rows, flatten(start), centre, radius, max_step).all()
+    if anchored: assert (vector_norm(rows - average, dim=1) <= radius + torch.finfo(dtype).eps * vector_norm(rows, dim=1)).all()
     quiet = ~(bounded | projected)
     assert torch.equal(new['w'][quiet], proposal['w'][quiet])
     if max_step is None: assert projected[vector_norm(flatten(proposal) - centre, dim=1) > radius].all()
