@@ -4,8 +4,8 @@ python benchmarks/adapter.py                        all rows
 python benchmarks/adapter.py "64 tasks"             only rows whose name contains one of these words
 python benchmarks/adapter.py --json FILE            also write {"rows": [{"name", "ratio", "peer", "ms"}]}
 
-The policy is that of the experiment nav2d, with a batch of 20 trajectories of 100 steps for each task, or with 1 trajectory of 20 steps, as in adaptation within an episode. "Observe + adapt": a forward pass, all monitors on outputs and features
-of source statistics, then one step of policy gradient with Adam and the default guards. The peer is one plain gradient step: the same loss, backward, a step of `torch.optim.Adam` on the same parameters, and nothing else.
+The policy is that of the experiment nav2d, with a batch of 20 trajectories of 100 steps for each task, or with 1 trajectory of 20 steps, as in adaptation within an episode. "Observe + adapt": a forward pass, all monitors on outputs and features, with
+a calibrated alarm, then one step of policy gradient with Adam and the default guards; "at the edge": in a trust region so small that each step has to be projected. The peer is one plain gradient step: the same loss, backward, a step of `torch.optim.Adam` on the same parameters, and nothing else.
 "None": what a call of `adapt` with strategy 'none' and no loss takes, beside the forward pass that its caller makes anyway. One CPU thread; the allocator keeps freed memory (`keep_memory`), as in the command line.
 """
 import argparse
@@ -34,10 +34,10 @@ def experience(M, K, T):
     return policy, theta, dict(obs=traj.obs, actions=traj.action, advantages=advantage, logp_old=traj.logp, mask=traj.mask)
 
 
-def steps(M, K, T):
-    "Three functions: observe + adapt, one plain gradient step, and a forward pass; and the adapter with nothing to do."
+def steps(M, K, T, radius=.1):
+    "Four functions: observe + adapt, one plain gradient step, a forward pass, and `adapt` with nothing to do."
     policy, theta, batch = experience(M, K, T)
-    config = AdaptationConfig(mode='continual', exclude='value.*')
+    config = AdaptationConfig(mode='continual', exclude='value.*', trust_radius=radius)
     if M == 1: return steps_of_module(policy, {k: v[0] for k, v in batch.items()}, config)
     adapter, idle = (create_adapter(theta, config, stacked=True) for _ in range(2))
     plain = {k: v.clone().requires_grad_() for k, v in theta.items()}
@@ -54,7 +54,8 @@ def steps_of_module(policy, batch, config):
 def compare(adapter, idle, parameters, batch, forward, plain_forward):
     "What `steps` says."
     hook, optimizer = MetaRLHook(adapter), torch.optim.Adam(parameters, lr=1e-3)
-    with torch.no_grad(): adapter.calibrate(forward(batch)['features'])
+    with torch.no_grad(): d = forward(batch)['features'].shape[-1]
+    adapter.calibrate(torch.randn(40, 5, 4, d, generator=torch.Generator().manual_seed(0)), false_alarms=.1)
     def observe():
         with torch.no_grad(): outputs = forward(batch)
         return adapter.observe(outputs, batch, outputs['features'])
@@ -77,6 +78,8 @@ def cases():
             ours, plain, look, idle = steps(M, K, T)
             name = f'{M} task{"s" * (M > 1)}, {size}'
             yield f'observe + adapt, {name}', ours, 'one plain gradient step', plain
+            ours, plain, *_ = steps(M, K, T, radius=1e-4)
+            yield f'observe + adapt at the edge, {name}', ours, 'one plain gradient step', plain
             yield f'none, {name}', idle, 'a forward pass', look
 
 
@@ -93,7 +96,7 @@ def main():
         if args.words and not any(word in name for word in args.words): continue
         ratio, ms = paired(ours, peer, args.repeats)
         rows.append(dict(name=name, ratio=round(ratio, 4), peer=peer_name, ms=round(ms, 3)))
-        print(f'{name:34} {ratio:7.4f} of {peer_name:25} {ms:8.2f} ms', flush=True)
+        print(f'{name:46} {ratio:7.4f} of {peer_name:25} {ms:8.2f} ms', flush=True)
     write_rows(rows, args.json)
 
 
