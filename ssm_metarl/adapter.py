@@ -7,7 +7,7 @@ __all__ = ['OPTIMIZERS', 'STRATEGIES', 'flatten', 'split', 'finite', 'clip_gradi
            'within_step', 'guard', 'keeps_promise', 'TaskState', 'optimizer_step', 'blank_state', 'finite_rows',
            'AdaptationConfig', 'select_parameters', 'AdaptationStrategy', 'register_adaptation_strategy',
            'make_strategy', 'NoStrategy', 'batch_statistics', 'Tent', 'Weights', 'preserved', 'requires_grad',
-           'GuardedLearner', 'Adapter', 'create_adapter', 'SSMHook', 'MetaRLHook']
+           'GuardedLearner', 'Adapter', 'create_adapter', 'SSMHook', 'MetaRLHook', 'Memory']
 
 # %% ../nbs/05_adapter.ipynb #050003
 import weakref
@@ -838,18 +838,19 @@ class SSMHook:
     def attach(self,
                model: nn.Module, # the adapter's
                module=None, # the module whose output counts, or its name; None: see above
+               state: bool = False, # features are the state after the last step, real and imaginary parts, instead of the output of each step
               ) -> 'SSMHook': # itself
         "Listen to the forward passes of a model. Raises ValueError for a model that is not the adapter's."
         if model is not self.adapter.target: raise ValueError(f'this {type(model).__name__} is not the model of the adapter')
         self.detach()
-        self.model, modules = model, list(model.modules())
+        self.model, self.part, modules = model, 'state' if state else 'features', list(model.modules())
         if isinstance(module, str): module = model.get_submodule(module)
         listened = module or next((m for m in modules if isinstance(m, SSM)), None)
         last = next((m for m in reversed(modules) if isinstance(m, nn.Linear)), None)
         self._handles.append(model.register_forward_pre_hook(self._begin, with_kwargs=True))
         if listened is not None: self._handles.append(listened.register_forward_hook(lambda m, args, out: self._keep(out)))
-        elif last is not None: self._handles.append(last.register_forward_hook(lambda m, args, out: self._keep(args[0])))
-        if module is None: self._handles.append(model.register_forward_hook(lambda m, args, out: self._keep(out) if isinstance(out, Mapping) and 'features' in out else None))
+        elif last is not None and not state: self._handles.append(last.register_forward_hook(lambda m, args, out: self._keep(args[0])))
+        if module is None: self._handles.append(model.register_forward_hook(lambda m, args, out: self._keep(out) if isinstance(out, Mapping) and self.part in out else None))
         return self
 
     def detach(self):
@@ -868,8 +869,9 @@ class SSMHook:
         return bool(self._inputs) and all(any(v is ref() and self._version(v) == version for v in given) for ref, version in self._inputs)
 
     def _keep(self, out):
-        if isinstance(out, Mapping): out = out['features']
-        self._features = (out[0] if isinstance(out, tuple) else out).detach()
+        if isinstance(out, Mapping): out = out[self.part]
+        elif isinstance(out, tuple): out = out[1 if self.part == 'state' else 0]
+        self._features = (torch.view_as_real(out).flatten(-2) if out.is_complex() else out).detach()
 
     @torch.no_grad()
     def features(self,
@@ -878,9 +880,9 @@ class SSMHook:
         "Features of this batch: of the last forward pass if that saw it, else of a new one. Raises ValueError if there are none."
         if self.model is None: raise ValueError('the hook listens to no model; call attach(model) first')
         if self._features is None or not self._saw(batch):
-            if hasattr(self.model, 'extract_features'): return self.model.extract_features(batch).detach()
+            if self.part == 'features' and hasattr(self.model, 'extract_features'): return self.model.extract_features(batch).detach()
             self.model(**batch) if isinstance(batch, Mapping) else self.model(batch)
-        if self._features is None: raise ValueError("no features were seen: name a module in attach, give the model `extract_features`, or 'features' among its outputs")
+        if self._features is None: raise ValueError(f"no {self.part} was seen: name a module in attach, give the model `extract_features`, or '{self.part}' among its outputs")
         return self._features
 
 
@@ -925,3 +927,38 @@ class MetaRLHook:
         "KL(source || adapted), to be added to a loss: the trust region in the space of functions (as in TARL, Xu et al., ICML 2025)."
         kl = kl_divergence(anchor, outputs)
         return self._loss(masked_mean(self._cube(kl), self._mask(batch, kl)))
+
+# %% ../nbs/05_adapter.ipynb #050066
+class Memory:
+    "The recurrent state of a model that is being adapted: recomputed after a change of the weights, or known to be stale."
+
+    def __init__(self,
+                 adapter: Adapter, # changes the weights
+                 recompute: Callable = None): # list of all inputs so far -> state under the weights of now; None: keep the state as it is
+        self.adapter, self.recompute = adapter, recompute
+        self.clear()
+
+    def clear(self):
+        "As at the start of an episode: nothing is remembered."
+        self._state, self.inputs, self._changes = None, [], self.adapter.learner.changes
+
+    def keep(self,
+             state, # after a step; None: empty
+             inputs=None): # of that step; needed to recompute
+        "Remember a state."
+        if self._state is None: self._changes = self.adapter.learner.changes
+        self._state = state
+        if self.recompute is not None: self.inputs.append(inputs)
+
+    @property
+    def stale(self): # [M], or a number
+        "How many changes of the weights are younger than the oldest part of the state."
+        return self.adapter._report(self.adapter.learner.changes - self._changes)
+
+    @property
+    @torch.no_grad()
+    def state(self):
+        "The state, recomputed if that was the choice and the weights have changed; None at first."
+        if self.recompute is not None and self.inputs and (self.adapter.learner.changes != self._changes).any():
+            self._state, self._changes = self.recompute(self.inputs), self.adapter.learner.changes
+        return self._state
