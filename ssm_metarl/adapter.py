@@ -530,8 +530,8 @@ class GuardedLearner:
         c, rows = self.config, flatten(start)
         if c.trust_radius is None: return None
         norm = distances(rows, self.sizes)
-        if c.radius_relative and not norm.all():
-            still = ', '.join(k for k, zero in zip(start, (norm == 0).any(0).tolist()) if zero) if self.sizes else 'the selected parameters'
+        if c.radius_relative and not (norm if self.sizes is None else norm[:, [n > 0 for n in self.sizes]]).all():
+            still = ', '.join(k for k, zero, n in zip(start, (norm == 0).any(0).tolist(), self.sizes) if zero and n) if self.sizes else 'the selected parameters'
             raise ValueError(f'all numbers of {still} are 0, so a relative radius is 0 too; set radius_relative=False{", or exclude them" if self.sizes else ""}')
         radius = c.trust_radius * (norm if c.radius_relative else torch.ones_like(norm))
         return radius if self.sizes else radius[:, 0]
