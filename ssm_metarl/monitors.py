@@ -117,10 +117,10 @@ class Moments:
         "One more batch; tasks without a sample in it stay as they are."
         x, count, a = x.double().masked_fill(~mask.unsqueeze(-1), 0), mask.sum(1, keepdim=True).double(), self.decay
         n = count.clamp(min=1)
-        new = dict(first=x.sum(1) / n, second=(x**2).sum(1) / n, weight=torch.ones_like(n), spread=(1 - a) / n, batches=torch.ones_like(n) / (1 - a))  # spread: sum of squared weights
-        old = self.sums or {k: torch.zeros_like(v) for k, v in new.items()}
-        keep = dict.fromkeys(new, a) | dict(spread=a**2, batches=1)
-        self.sums = choose(count[:, 0] > 0, {k: keep[k] * old[k] + (1 - a) * new[k] for k in new}, old)
+        new = dict(first=x.sum(1) / n, second=(x**2).sum(1) / n, weight=torch.ones_like(n), spread=(1 - a) / n)  # spread: sum of squared weights
+        old = self.sums or {k: torch.zeros_like(v) for k, v in (new | dict(batches=n)).items()}
+        keep = dict.fromkeys(new, a) | dict(spread=a**2)
+        self.sums = choose(count[:, 0] > 0, {k: keep[k] * old[k] + (1 - a) * new[k] for k in new} | dict(batches=old['batches'] + 1), old)
 
     mean = property(lambda self: self.sums['first'] / self.sums['weight'], doc='[M, d]; nan before the first sample.')
     var = property(lambda self: (self.sums['second'] / self.sums['weight'] - self.mean**2).clamp(min=0), doc='[M, d]')
@@ -204,7 +204,7 @@ class FeatureMonitor:
             self.raised = raised if self.raised is None else self.raised | raised
 
     def shift(self) -> dict: # name -> [M]; empty before calibration or data
-        "Mahalanobis distance, its z-score and p-value if nothing had moved, symmetric KL and Fréchet distance of diagonal Gaussians; score and alarm if there is a threshold."
+        "Mahalanobis distance, its z-score and p-value if nothing had moved, symmetric KL (both directions added) and Fréchet distance of diagonal Gaussians; score and alarm if there is a threshold."
         if not (self.source and self.moments.sums): return {}
         mean, cov, d = self.source['mean'], self.source['cov'], len(self.source['mean'])
         delta, v0, v1 = self.moments.mean - mean, cov.diagonal(), self.moments.var + 1e-6 * cov.diagonal().mean() + 1e-12
