@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.linalg import vector_norm
 
+# also what others import from here
 from .guards import (OPTIMIZERS, TaskState, blank_state, clip_gradient, distances, finite, finite_rows, flatten, guard, keeps_promise, optimizer_step, project,
                                round_rows, round_towards, split, within_step)
 from .monitors import (FeatureMonitor, Moments, Monitors, choose, distance_from, is_categorical, per_task, softmax_entropy, task_mean, task_samples,
