@@ -3,9 +3,9 @@
 python benchmarks/drift.py                all detectors; those of `river` need `pip install -e '.[bench]'`
 python benchmarks/drift.py --json FILE    also write {"false_alarms", "streams", "rows": [{"detector", "shift", "power", "delay"}]}
 
-A policy is cloned from the oracle of cart-poles that are all wired alike, without errors of sensors. A stream is 4 episodes of 200 steps of one task, seen in 20 batches of 10 steps. Source streams have training tasks (300 of them describe the source),
-validation tasks (300, for the threshold) and held-out tasks (those without a shift, for the false alarms). Each detector has one number set on the validation streams so that at most 5 % of them raise an alarm; power is the share
-of 300 streams that do, delay the median number of steps until then.
+A policy is cloned from the oracle of cart-poles that are all wired alike, without errors of sensors. A stream is 4 episodes of 200 steps of one task, seen in 20 batches of 10 steps. Source streams have training tasks (600 of them describe the source),
+validation tasks (600, for the threshold) and held-out tasks (those without a shift, for the false alarms). Each detector has one number set on the validation streams so that at most 5 % of them raise an alarm; power is the share
+of 600 streams that do, delay the median number of steps until then.
 
 "score" is the alarm of `FeatureMonitor`, with decay 0.95 and without memory; "symmetric KL", "Frechet" and "Mahalanobis" are the other distances that it reports, their logarithms standardised after each batch and given a threshold in the same way; "p-value" has the threshold
 that would be right for independent samples. The detectors of river get the score without memory. They compare a stream with its own past, so each is shown 100 batches of the source first.
@@ -126,7 +126,7 @@ def first_alarm(detector, row):
         if detector.drift_detected: return t
 
 
-def rows(n=300, river=True):
+def rows(n=600, river=True):
     "Power and delay of each detector for each shift."
     policy = cloned_policy()
     reference, validation = (streams(policy, n, split)[:2] for split in ('train', 'validation'))
@@ -140,7 +140,7 @@ def rows(n=300, river=True):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--streams', type=int, default=300)
+    parser.add_argument('--streams', type=int, default=600)
     parser.add_argument('--no-river', action='store_true', help='only detectors of our own')
     parser.add_argument('--json', metavar='FILE')
     args = parser.parse_args()
