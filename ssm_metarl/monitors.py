@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['per_task', 'choose', 'softmax_entropy', 'is_categorical', 'uncertainty', 'distance_from', 'task_samples', 'task_mean',
-           'Moments', 'shrunk_covariance', 'FeatureMonitor', 'stream_batches', 'Monitors']
+           'Moments', 'shrunk_covariance', 'halves', 'FeatureMonitor', 'stream_batches', 'Monitors']
 
 # %% ../nbs/04c_monitors.ipynb #04c0003
 from collections.abc import Mapping
@@ -14,6 +14,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from .envs import stream
 from .policy import entropy, kl_divergence
 
 # %% ../nbs/04c_monitors.ipynb #04c0007
@@ -138,6 +139,14 @@ def shrunk_covariance(
     return torch.lerp(cov, torch.diag(diagonal), d / (d + n)) + torch.diag(diagonal - cov.diagonal())
 
 
+def halves(
+    n: int, # at least 2
+) -> tuple: # indices of one half, and of the other
+    "Split n rows at random, for each n always in the same way, whatever their order means."
+    order = torch.from_numpy(stream(0, 'halves', n).permutation(n))
+    return order[:n // 2], order[n // 2:]
+
+
 class FeatureMonitor:
     "Distances of the moving feature statistics from those of the source, and an alarm that is rarely false."
 
@@ -152,19 +161,23 @@ class FeatureMonitor:
 
     def calibrate(self,
                   features: Tensor, # of source data, [..., d]; for an alarm [S, T, n, d]: S streams, in T batches of n
-                  mask: Tensor = None, # bool [...]: samples that count
+                  mask: Tensor = None, # bool [...]: samples that count, if they are finite
                   false_alarms: float = None): # share of source streams that may raise the alarm within T batches; None: no alarm
-        "Tell what is normal. For an alarm, half of the streams tell what streams do, the other half where the threshold is. Raises ValueError if there are too few."
+        "Tell what is normal, and start afresh. For an alarm the streams must be exchangeable with those to come: half of them tell what streams do, the others where the threshold is. Raises ValueError, and changes nothing, if they do not do for that."
         x = features.detach().double()
         if mask is None: mask = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
-        half = None if false_alarms is None else self._check_streams(x, false_alarms) // 2
-        single = x[mask] if half is None else x[:half][mask[:half]]
-        if len(single) < 2: raise ValueError(f'features has shape {tuple(features.shape)} and {len(single)} samples that count; source statistics need two at least')
-        self.source = dict(mean=single.mean(0), cov=shrunk_covariance(single), count=torch.tensor(float(len(single)), device=x.device))
-        if half is None: return
-        self.source |= self._course(*self._run(x[:half], mask[:half])[:2])
-        highest = self._run(x[half:], mask[half:])[2].nan_to_num(nan=-torch.inf).amax(1).sort().values  # of each stream
-        self.source['threshold'] = highest[int(np.ceil((len(highest) + 1) * (1 - false_alarms))) - 1]
+        rows, limits = (slice(None), None) if false_alarms is None else halves(self._check_streams(x, false_alarms))
+        single = x[rows][(mask & x.isfinite().all(-1))[rows]]
+        if len(single) < 2: raise ValueError(f'features has shape {tuple(features.shape)} and {len(single)} finite samples that count; source statistics need two at least')
+        source = dict(mean=single.mean(0), cov=shrunk_covariance(single), count=torch.tensor(float(len(single)), device=x.device))
+        if limits is not None:
+            source |= self._course(*self._run(source, x[rows], mask[rows])[:2])
+            highest = self._run(source, x[limits], mask[limits])[2].nan_to_num(nan=-torch.inf, posinf=torch.inf).amax(1).sort().values  # of each stream
+            source['threshold'] = highest[int(np.ceil((len(highest) + 1) * (1 - false_alarms))) - 1]
+        strange = [k for k, v in source.items() if not v.isfinite().all()]
+        if strange: raise ValueError(f'{", ".join(strange)} of the source would not be finite; leave out streams without a sample, and those with a batch of which no sample is finite')
+        self.source = source
+        self.forget()
 
     @staticmethod
     def _check_streams(x, false_alarms):  # -> how many
@@ -173,13 +186,18 @@ class FeatureMonitor:
         if x.dim() != 4 or len(x) < needed: raise ValueError(f'features has shape {tuple(x.shape)}; an alarm with false_alarms={false_alarms} needs [S, T, n, d] with S of at least {needed} streams')
         return len(x)
 
-    def _run(self, x, mask):  # means [S, T, d] of streams after each batch, how many batches [S, T], and scores [S, T], if there is a course already
+    def _run(self, source, x, mask):  # means [S, T, d] of streams after each batch, how many batches [S, T], and scores [S, T], if there is a course already
         monitor, rows = FeatureMonitor(self.decay), []
-        monitor.source = self.source
+        monitor.source = source
         for t in range(x.shape[1]):
-            monitor.moments.update(x[:, t], mask[:, t])
-            rows.append((monitor.moments.mean, monitor.moments.batches, monitor.score() if 'course' in self.source else monitor.moments.batches))
+            broken, batches = monitor._take(x[:, t], mask[:, t]), monitor.moments.batches
+            rows.append((monitor.moments.mean, batches, monitor.score().masked_fill(broken, torch.inf) if 'course' in source else batches))
         return [torch.stack(r, 1) for r in zip(*rows)]
+
+    def _take(self, x, mask):  # bool [M]: whose samples are none of them finite
+        finite = mask & x.isfinite().all(-1)
+        self.moments.update(x, finite)
+        return mask.any(1) & ~finite.any(1)
 
     @staticmethod
     def _course(means, batches):  # mean and inverse covariance of the streams' means after 1, 2, ... batches, as far as half of the streams go
@@ -188,23 +206,24 @@ class FeatureMonitor:
         if not groups: raise ValueError(f'more than half of these {len(means)} streams have no sample in their first batch; leave such streams out')
         return dict(course=torch.stack([g.mean(0) for g in groups]), precision=torch.stack([torch.linalg.inv(shrunk_covariance(g)) for g in groups]))
 
-    def score(self) -> Tensor: # [M]
+    def score(self) -> Tensor: # [M]; nan before the first sample
         "Mahalanobis distance of each moving mean from those of source streams that are as old."
         at = (self.moments.batches.long() - 1).clamp(0, len(self.source['course']) - 1)
         delta = (self.moments.mean - self.source['course'][at]).unsqueeze(-1)
-        return (delta.mT @ self.source['precision'][at] @ delta).flatten().clamp(min=0).sqrt()
+        distance = (delta.mT @ self.source['precision'][at] @ delta).flatten().clamp(min=0).sqrt()
+        return distance.nan_to_num(nan=torch.inf, posinf=torch.inf).masked_fill(self.moments.batches == 0, torch.nan)  # too large for float64 is far
 
     def update(self,
                x: Tensor, # features, [M, n, d]
-               mask: Tensor): # bool [M, n]: samples that count
-        "One more batch. An alarm that was raised stays until `forget`."
-        self.moments.update(x, mask)
+               mask: Tensor): # bool [M, n]: samples that count, if they are finite
+        "One more batch. The alarm is raised by a score above the threshold, and by samples of which none is finite; it stays until `forget`."
+        broken = self._take(x, mask)
         if 'threshold' in self.source:
-            raised = self.score() > self.source['threshold']  # never true of nan
+            raised = broken | (self.score() > self.source['threshold'])
             self.raised = raised if self.raised is None else self.raised | raised
 
     def shift(self) -> dict: # name -> [M]; empty before calibration or data
-        "Mahalanobis distance, its z-score and p-value if nothing had moved, symmetric KL (both directions added) and Fréchet distance of diagonal Gaussians; score and alarm if there is a threshold."
+        "Mahalanobis distance, its z-score and p-value if nothing had moved, symmetric KL (both directions added) and Fréchet distance of diagonal Gaussians; if there is a threshold: score, alarm, and whether its rate has expired, after more batches than source streams have."
         if not (self.source and self.moments.sums): return {}
         mean, cov, d = self.source['mean'], self.source['cov'], len(self.source['mean'])
         delta, v0, v1 = self.moments.mean - mean, cov.diagonal(), self.moments.var + 1e-6 * cov.diagonal().mean() + 1e-12
@@ -212,7 +231,7 @@ class FeatureMonitor:
         chi2 = square / (1 / self.moments.samples + 1 / self.source['count'])
         report = dict(mahalanobis=square.sqrt(), shift_z=(chi2 - d) / (2 * d)**.5, shift_p=torch.from_numpy(np.asarray(stats.chi2.sf(chi2.cpu(), d))),
                       symmetric_kl=(v0 / v1 + v1 / v0 - 2 + delta**2 * (1 / v0 + 1 / v1)).sum(1) / 2, frechet=(delta**2 + (v0.sqrt() - v1.sqrt())**2).sum(1))
-        return report if self.raised is None else report | dict(shift_score=self.score(), shift_alarm=self.raised)
+        return report if self.raised is None else report | dict(shift_score=self.score(), shift_alarm=self.raised, shift_expired=self.moments.batches > len(self.source['course']))
 
 # %% ../nbs/04c_monitors.ipynb #04c0028
 def stream_batches(
@@ -248,7 +267,7 @@ class Monitors:
         self.entropy.update(h, h.isfinite()[..., 0])
         if feats is not None:
             x, mask = task_samples(feats.detach(), batch, self.stacked, dims=1)
-            self.features.update(x, mask & x.isfinite().all(-1))
+            self.features.update(x, mask)
         return report | dict(entropy_ema=self.entropy.mean[:, 0]) | self.features.shift()
 
     def state(self) -> dict: # nested

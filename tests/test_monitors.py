@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from ssm_metarl.monitors import FeatureMonitor, shrunk_covariance, stream_batches
+from ssm_metarl.monitors import FeatureMonitor, Monitors, halves, shrunk_covariance, stream_batches
 
 sys.path.insert(0, str(Path(__file__).parent.parent / 'benchmarks'))
 import drift  # noqa: E402
@@ -57,8 +57,8 @@ def test_the_score_is_a_distance_from_streams_of_the_same_age(seed, decay, age):
     for t in range(age): monitor.update(x[:, t], mask[:, t])
     weights = np.array([(decay or 1e-300)**(age - 1 - t) for t in range(age)])
     means = np.average(x[:, :age, 0].numpy(), axis=1, weights=weights)
-    inverse = np.linalg.inv(shrunk_covariance(torch.from_numpy(means[:10])).numpy())
-    delta = means - means[:10].mean(0)
+    half = means[halves(20)[0]]
+    inverse, delta = np.linalg.inv(shrunk_covariance(torch.from_numpy(half)).numpy()), means - half.mean(0)
     np.testing.assert_allclose(monitor.score(), np.sqrt(np.einsum('si,ij,sj->s', delta, inverse, delta)), rtol=1e-6)
 
 
@@ -74,6 +74,88 @@ def test_batches_without_a_sample_do_not_age_a_stream_and_an_alarm_stays():
     assert monitor.raised[1] and monitor.score()[1] < score[1]
     monitor.forget()
     assert monitor.raised is None and monitor.shift() == {}
+
+
+ORDERS = dict(sorted=lambda i, S: i, alternating=lambda i, S: i % 2 * S // 2 + i // 2, halved=lambda i, S: (i * 2) % S + i * 2 // S)
+
+
+@pytest.mark.parametrize('order', ORDERS)
+def test_the_order_of_source_streams_does_not_matter(order):
+    "A sweep over what makes streams differ, in several orders; the streams to come are drawn from it at random."
+    S, g = 400, torch.Generator().manual_seed(0)
+    make = lambda own, seed: own.view(-1, 1, 1, 1) + .1 * random(seed, len(own), 6, 2, 2)
+    sweep, monitor = torch.linspace(-3, 3, S, dtype=torch.float64), FeatureMonitor(.9)
+    monitor.calibrate(make(sweep[torch.tensor([ORDERS[order](i, S) for i in range(S)])], 1), false_alarms=.05)
+    home = make(sweep[torch.randint(S, (2000,), generator=g)], 2)
+    assert alarmed(monitor, home, torch.ones(home.shape[:3], dtype=torch.bool)).double().mean() < .08
+
+
+@pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])
+def test_samples_that_are_not_finite_do_not_count_in_a_calibration(value):
+    x, mask, spoilt, masked = *heavy_streams(0, 80), FeatureMonitor(.9), FeatureMonitor(.9)
+    holes = (random(5, *mask.shape) > 1) & (torch.arange(3) > 0)  # never all samples of a batch
+    mask[..., 0] = True
+    spoilt.calibrate(torch.where(holes.unsqueeze(-1), value, x), mask, .1)
+    masked.calibrate(x, mask & ~holes, .1)
+    for k, v in masked.source.items(): assert torch.equal(spoilt.source[k], v)
+    plain = FeatureMonitor(.9)
+    plain.calibrate(torch.where(holes.unsqueeze(-1), value, x), mask)
+    assert torch.equal(plain.source['mean'], x[mask & ~holes].mean(0))
+
+
+@pytest.mark.parametrize('broken', [1, 20])
+def test_source_streams_that_fall_silent_count_as_alarms(broken):
+    "Few of them raise the threshold, as many as make it infinite are refused, and then nothing has changed."
+    x, monitor = random(0, 80, 4, 2, 3), FeatureMonitor(.9)
+    monitor.calibrate(x, false_alarms=.1)
+    monitor.update(x[:2, 0], torch.ones(2, 2, dtype=torch.bool))
+    before, moments = monitor.source, monitor.moments
+    x[halves(80)[1][:broken], 2] = math.nan
+    if broken == 1:
+        monitor.calibrate(x, false_alarms=.1)
+        assert before['threshold'] <= monitor.source['threshold'] < math.inf
+        return
+    with pytest.raises(ValueError, match='threshold of the source would not be finite'): monitor.calibrate(x, false_alarms=.1)
+    assert monitor.source is before and monitor.moments is moments
+
+
+@pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])
+def test_features_of_which_none_is_finite_raise_the_alarm(value):
+    "From the first batch or later, in one task of a stack; samples that are not wanted, and a single bad one, do not."
+    outputs, on = dict(logits=torch.zeros(3, 4, 2)), torch.tensor([True, True, False, False])
+    for late in (False, True):
+        monitors = Monitors(.9, stacked=True)
+        monitors.features.calibrate(random(0, 80, 5, 4, 3), false_alarms=.1)
+        if late: assert not monitors.observe(outputs, {'mask': on.expand(3, 4)}, random(1, 3, 4, 3) * .1, None)['shift_alarm'].any()
+        x, mask = random(2, 3, 4, 3) * .1, on.repeat(3, 1)
+        x[0, :2], x[1, 0, 0], x[2] = value, value, value
+        mask[2] = False
+        for _ in range(2): assert monitors.observe(outputs, {'mask': mask}, x, None)['shift_alarm'].tolist() == [True, False, False]
+    quiet = Monitors(.9, stacked=True)  # no alarm without a threshold
+    quiet.features.calibrate(random(0, 80, 3))
+    assert 'shift_alarm' not in quiet.observe(outputs, None, x * value, None)
+    single = Monitors(.9, stacked=False)
+    single.features.calibrate(random(0, 80, 5, 4, 3), false_alarms=.1)
+    assert single.observe(dict(logits=torch.zeros(4, 2)), None, torch.full((4, 3), value), None)['shift_alarm'].tolist() == [True]
+
+
+def test_a_rate_expires_after_as_many_batches_as_source_streams_have():
+    monitor, on = FeatureMonitor(.9), torch.ones(2, 3, dtype=torch.bool)
+    monitor.calibrate(random(0, 80, 5, 3, 2), false_alarms=.1)
+    for t in range(7):
+        monitor.update(random(t, 2, 3, 2), on & torch.tensor([[True], [t != 5]]))
+        assert monitor.shift()['shift_expired'].tolist() == [t > 4, t > 5]
+    monitor.forget(), monitor.update(random(0, 2, 3, 2), on)
+    assert not monitor.shift()['shift_expired'].any()
+
+
+def test_calibrating_again_starts_afresh():
+    monitor = FeatureMonitor(.9)
+    for d in (2, 3):
+        monitor.calibrate(random(0, 80, 5, 3, d), false_alarms=.1)
+        assert monitor.raised is None and monitor.shift() == {}
+        monitor.update(random(1, 4, 3, d) + 100, torch.ones(4, 3, dtype=torch.bool))
+        assert monitor.raised.all()
 
 
 @pytest.mark.parametrize('name', ['symmetric_kl', 'frechet', 'mahalanobis'])
