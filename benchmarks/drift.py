@@ -3,8 +3,8 @@
 python benchmarks/drift.py                all detectors; those of `river` need `pip install -e '.[bench]'`
 python benchmarks/drift.py --json FILE    also write {"false_alarms", "streams", "rows": [{"detector", "shift", "power", "delay"}]}
 
-A policy is cloned from the oracle of cart-poles that are all wired alike, without errors of sensors. A stream is 4 episodes of 200 steps of one task, seen in 20 batches of 10 steps. Source streams have training tasks (600 of them describe the source),
-validation tasks (600, for the threshold) and held-out tasks (those without a shift, for the false alarms). Each detector has one number set on the validation streams so that at most 5 % of them raise an alarm; power is the share
+A policy is cloned from the oracle of cart-poles that are all wired alike, without errors of sensors. A stream is 4 episodes of 200 steps of one task, seen in 20 batches of 10 steps. Source streams have validation tasks (600 describe the source,
+another 600 set the threshold; the policy was trained on neither) and held-out tasks (those without a shift, for the false alarms). Each detector has one number set on the validation streams so that at most 5 % of them raise an alarm; power is the share
 of 600 streams that do, delay the median number of steps until then.
 
 "score" is the alarm of `FeatureMonitor`, with decay 0.95 and without memory; "symmetric KL", "Frechet" and "Mahalanobis" are the other distances that it reports, their logarithms standardised after each batch and given a threshold in the same way; "p-value" has the threshold
@@ -129,7 +129,7 @@ def first_alarm(detector, row):
 def rows(n=600, river=True):
     "Power and delay of each detector for each shift."
     policy = cloned_policy()
-    reference, validation = (streams(policy, n, split)[:2] for split in ('train', 'validation'))
+    reference, validation = zip(*(x.split(n) for x in streams(policy, 2 * n, 'validation')[:2]))
     detectors = own_detectors(reference, validation) | (dict(river_detectors(reference, validation)) if river else {})
     for shift, world in SHIFTS.items():
         x, mask, returns = streams(policy, n, **world)

@@ -233,7 +233,7 @@ class FeatureMonitor:
                       symmetric_kl=(v0 / v1 + v1 / v0 - 2 + delta**2 * (1 / v0 + 1 / v1)).sum(1) / 2, frechet=(delta**2 + (v0.sqrt() - v1.sqrt())**2).sum(1))
         return report if self.raised is None else report | dict(shift_score=self.score(), shift_alarm=self.raised, shift_expired=self.moments.batches > len(self.source['course']))
 
-# %% ../nbs/04c_monitors.ipynb #04c0028
+# %% ../nbs/04c_monitors.ipynb #04c0030
 def stream_batches(
     x: Tensor, # of trajectories, [M, K, T, ...]
     steps: int, # in a batch; divides T
@@ -242,7 +242,7 @@ def stream_batches(
     if x.shape[2] % steps: raise ValueError(f'steps={steps} does not divide the {x.shape[2]} steps of these trajectories')
     return x.unflatten(2, (-1, steps)).transpose(1, 2).flatten(2, 3)
 
-# %% ../nbs/04c_monitors.ipynb #04c0031
+# %% ../nbs/04c_monitors.ipynb #04c0033
 class Monitors:
     "What can be seen from outputs and features, with moving statistics."
 
