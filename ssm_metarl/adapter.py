@@ -97,7 +97,6 @@ def select_parameters(
     for k in names:
         if tensors[k].dtype not in (torch.float32, torch.float64, torch.bfloat16):
             raise ValueError(f'{k} is {tensors[k].dtype}; float32, float64 and bfloat16 can be adapted, exclude it')
-        if '/' in k: raise ValueError(f"the name {k!r} contains '/', which separates names in saved files; rename it")
     return names
 
 # %% ../nbs/05_adapter.ipynb #050015
@@ -214,6 +213,8 @@ class Weights:
         self.stacked, self.selected = stacked, select_parameters(target, config)
         self.buffers = () if stacked else tuple(dict(target.named_buffers()))
         self.target = {k: v.detach().clone() for k, v in target.items()} if stacked else target
+        for k in self.tensors:
+            if '/' in k: raise ValueError(f"the name {k!r} contains '/', which separates names in saved files; rename it")
         self.num_tasks = tasks[self.selected[0]] if stacked else 1
 
     @property
@@ -235,7 +236,8 @@ class Weights:
             values: dict): # name -> tensor, some or all
         "Write values into the tensors."
         tensors = self.tensors
-        for k, v in values.items(): tensors[k].copy_(v)
+        with ExitStack() as exits:  # all of them, even if one does not fit; then the error is raised
+            for k, v in values.items(): exits.callback(lambda k=k, v=v: tensors[k].copy_(v))
 
     def rows(self,
              values: dict = None, # whose; None: the tensors as they are
@@ -253,11 +255,16 @@ class Weights:
 
 def _give_back(module, name, tensor, data):  # the tensor that was there, its memory that was there, and, if it fits, the value of today
     now = getattr(module, name, None)
-    if tensor is not None and (now is not tensor or tensor.data_ptr() != data.data_ptr()):
-        value = None if now is None else now.detach()
+    place = lambda t: (t.data_ptr(), t.shape, t.stride(), t.dtype)
+    if tensor is not None and (now is not tensor or place(tensor) != place(data)):
+        value = None if now is None else now.detach().clone()  # it may share the memory, in another order
         tensor.data = data
         if value is not None and value.shape == data.shape: data.copy_(value)
     if now is not tensor: setattr(module, name, tensor)
+
+
+def _remove_others(module, own):  # parameters and buffers that are new
+    for k in (module._parameters | module._buffers).keys() - own.keys(): delattr(module, k)
 
 
 @contextmanager
@@ -265,15 +272,13 @@ def preserved(
     model: nn.Module, # whose parts and flags
 ):
     "Afterwards each module has its own parameters and buffers again, of the same type, its boolean settings (`training`, ...), each parameter its `requires_grad`."
-    modules = [(m, {k: (t, None if t is None else t.data) for k, t in (m._parameters | m._buffers).items()},
-                {k: v for k, v in vars(m).items() if isinstance(v, bool)}) for m in model.modules()]
-    with requires_grad(list(model.parameters())):
-        try: yield
-        finally:
-            for m, own, flags in modules:
-                for k in (m._parameters | m._buffers).keys() - own.keys(): delattr(m, k)
-                for k, (tensor, data) in own.items(): _give_back(m, k, tensor, data)
-                vars(m).update(flags)
+    with requires_grad(list(model.parameters())), ExitStack() as exits:  # of which each part is given back, even if another one fails
+        for m in model.modules():
+            own = dict(m._parameters | m._buffers)
+            exits.callback(vars(m).update, {k: v for k, v in vars(m).items() if isinstance(v, bool)})
+            for k, t in own.items(): exits.callback(_give_back, m, k, t, None if t is None else t.data)
+            exits.callback(_remove_others, m, own)
+        yield
 
 
 @contextmanager
@@ -435,10 +440,10 @@ class Adapter:
     @contextmanager
     def context(self,
                 model=None): # the target itself, to make sure
-        "Adapt in here. Episodic: all is restored bit for bit, also after an exception. Continual: values stay, flags are restored. ValueError for another model."
+        "Adapt in here. Episodic: all is restored bit for bit, with the monitors' moving statistics and alarm, also after an exception. Continual: values stay, flags are restored. ValueError for another model."
         if model is not None and model is not self.target: raise ValueError(f'this adapter was made for another {type(self.target).__name__}; make one for this model')
         values = self.weights.values() if self.config.mode == 'episodic' else None
-        memory = self.learner.optimizer, self.learner.average, self.best, self.best_return, self.last_return
+        memory, seen = (self.learner.optimizer, self.learner.average, self.best, self.best_return, self.last_return), self.monitors.state()
         try:
             with self._settings():
                 self._depth += 1
@@ -446,9 +451,11 @@ class Adapter:
                 finally: self._depth -= 1
         finally:
             if values is not None:
-                self.weights.put(values)
-                self.learner.changed()
                 self.learner.optimizer, self.learner.average, self.best, self.best_return, self.last_return = memory
+                if self.monitors.features.source is seen['source']: self.monitors.put(seen)
+                else: self.monitors.forget()  # calibrated in here: that stays
+                self.learner.changed()
+                self.weights.put(values)
 
     @contextmanager
     def _settings(self):  # the model's own are preserved; the strategy's are made once, if contexts are nested
@@ -461,7 +468,7 @@ class Adapter:
     @contextmanager
     def using(self,
               rows: dict = None): # name -> [M, ...]; None: the source
-        "Other values of the adapted parameters for a while: `with adapter.using(): anchor = fwd(batch)` asks the source."
+        "Other values of the adapted parameters for a while: `with adapter.using(): anchor = fwd(batch)` asks the source, before `adapt` and not inside its loss, whose graph needs the weights as they are."
         now = self.weights.rows()
         try:
             self.weights.put_rows(self.learner.start if rows is None else rows)
@@ -489,7 +496,8 @@ class Adapter:
         with self._settings(), torch.inference_mode(False), torch.enable_grad(), requires_grad(list(self.weights.chosen.values()), True):
             for _ in range(self.config.steps):
                 buffers = self.weights.values(self.weights.buffers) if self.weights.buffers else {}
-                measured, counted = self.learner.step(*self._gradients(loss_fn, batch, fwd_fn), scale, wanted)
+                try: measured, counted = self.learner.step(*self._gradients(loss_fn, batch, fwd_fn), scale, wanted)
+                except BaseException: self.weights.put(buffers); raise
                 if buffers and counted['skipped'].any(): self.weights.put(buffers)  # a refused batch leaves no trace
                 info |= measured | {k: info[k] + v for k, v in counted.items()}
                 for k, v in counted.items(): self.counters[k] = self.counters[k] + v
@@ -590,8 +598,8 @@ class Adapter:
             rows = flatten(tree[name]['params'])
             if not keeps_promise(rows, rows, flatten(centre), self.learner.radius_around(centre), sizes=self.learner.sizes).all():
                 raise ValueError(f'this state does not fit: its weights ({name}) are not finite or lie outside the trust region; use the config that it was saved with')
-        self.learner.source = tree['source']
         self.weights.put(tree['tensors'])
+        self.learner.source = tree['source']
         self.learner.begin(), self.learner.put(TaskState(**tree['now']))
         self.best, self.best_return, self.last_return, self.counters = TaskState(**tree['best']), tree['best_return'], tree.get('last_return'), tree['counters']
         self.monitors.put(tree['monitors'] if 'monitors' in tree else {})
@@ -625,7 +633,7 @@ class SSMHook:
 
     def __init__(self,
                  adapter: Adapter): # of the model
-        self.adapter, self.model, self._handles, self._features, self._inputs = adapter, None, [], None, []
+        self.adapter, self.model, self._handles, self._features, self._inputs, self._weights = adapter, None, [], None, [], []
 
     def attach(self,
                model: nn.Module, # the adapter's
@@ -652,30 +660,40 @@ class SSMHook:
 
     def _begin(self, model, args, kwargs):
         self._features, self._inputs = None, [(weakref.ref(v), self._version(v)) for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+        self._weights = self._versions()
 
     @staticmethod
     def _version(tensor): return None if tensor.is_inference() else tensor._version  # counts changes in place
 
-    def _saw(self, batch):  # did the last forward pass see this, as it is now?
+    def _versions(self): return [(p.data_ptr(), self._version(p)) for p in self.model.parameters()]
+
+    def _saw(self, batch):  # did the last forward pass see this, as it is now, with the weights of now?
         given = [v for v in (batch.values() if isinstance(batch, Mapping) else [batch]) if isinstance(v, Tensor)]
-        return bool(self._inputs) and all(any(v is ref() and self._version(v) == version for v in given) for ref, version in self._inputs)
+        return bool(self._inputs) and self._weights == self._versions() and all(any(v is ref() and self._version(v) == version for v in given) for ref, version in self._inputs)
 
     def _keep(self, out):
         if isinstance(out, Mapping): out = out[self.part]
         elif isinstance(out, tuple): out = out[1 if self.part == 'state' else 0]
         self._features = (torch.view_as_real(out).flatten(-2) if out.is_complex() else out).detach()
 
+    def _ask(self, batch):  # features of a new forward pass, which leaves buffers and random numbers as they were
+        weights = self.adapter.weights
+        buffers, devices = weights.values(weights.buffers), list({v.device for v in weights.tensors.values() if v.is_cuda})
+        try:
+            with torch.random.fork_rng(devices):
+                if self.part == 'features' and hasattr(self.model, 'extract_features'): return self.model.extract_features(batch).detach()
+                self.model(**batch) if isinstance(batch, Mapping) else self.model(batch)
+        finally: weights.put(buffers)
+        if self._features is None: raise ValueError(f"no {self.part} was seen: name a module in attach, give the model `extract_features`, or '{self.part}' among its outputs")
+        return self._features
+
     @torch.no_grad()
     def features(self,
                  batch, # mapping of tensors, or a tensor
                 ) -> Tensor: # [B, ..., d]
-        "Features of this batch: of the last forward pass if that saw it, else of a new one. Raises ValueError if there are none."
+        "Features of this batch: of the last forward pass if that saw it with these weights, else of a new one, which changes nothing else. Raises ValueError if there are none."
         if self.model is None: raise ValueError('the hook listens to no model; call attach(model) first')
-        if self._features is None or not self._saw(batch):
-            if self.part == 'features' and hasattr(self.model, 'extract_features'): return self.model.extract_features(batch).detach()
-            self.model(**batch) if isinstance(batch, Mapping) else self.model(batch)
-        if self._features is None: raise ValueError(f"no {self.part} was seen: name a module in attach, give the model `extract_features`, or '{self.part}' among its outputs")
-        return self._features
+        return self._ask(batch) if self._features is None or not self._saw(batch) else self._features
 
 
 class MetaRLHook:
@@ -717,7 +735,7 @@ class MetaRLHook:
                      batch: dict = None, # optional 'mask'
                     ) -> Tensor: # a number, or [M]
         "KL(source || adapted), to be added to a loss: the trust region in the space of functions (as in TARL, Xu et al., ICML 2025)."
-        kl = kl_divergence(anchor, outputs)
+        kl = kl_divergence({k: v.detach() for k, v in anchor.items() if k in ('logits', 'mean', 'log_std')}, outputs)
         return self._loss(masked_mean(self._cube(kl), self._mask(batch, kl)))
 
 # %% ../nbs/05_adapter.ipynb #050045
