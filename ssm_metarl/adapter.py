@@ -8,6 +8,8 @@ __all__ = ['STRATEGIES', 'AdaptationConfig', 'select_parameters', 'AdaptationStr
            'GuardedLearner', 'Adapter', 'create_adapter', 'SSMHook', 'MetaRLHook', 'Memory']
 
 # %% ../nbs/05_adapter.ipynb #050003
+import hashlib
+import json
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -396,10 +398,21 @@ def _nested(flat):  # the reverse
     return tree
 
 
+def _array(v): return (v.view(torch.int16) if v.dtype == torch.bfloat16 else v).detach().cpu().numpy()  # NumPy has no bfloat16
+
+
+def _digest(state):  # of all names, types, shapes and numbers
+    text = hashlib.sha256()
+    for k, v in sorted(state.items()):
+        text.update(f'{k} {v.dtype} {tuple(v.shape)} '.encode())
+        text.update(_array(v).tobytes())
+    return torch.tensor(list(text.digest()), dtype=torch.uint8)
+
+
 class Adapter:
     "Bounded gradient steps at test time on one module, or on stacked parameters of M tasks."
 
-    format, format_version = 'ssm_metarl.Adapter', 2
+    format, format_version = 'ssm_metarl.Adapter', 3
 
     @torch.inference_mode(False)
     def __init__(self,
@@ -574,22 +587,36 @@ class Adapter:
         self.counters['restored'] = self.counters['restored'] + fallen
         return self._report(fallen)
 
+    def _settings_text(self):  # JSON; the optimiser as it is made, since a function does not say what it does
+        optimizer = self.config.make_optimizer([nn.Parameter(torch.zeros(1))])
+        settings = vars(self.config) | dict(optimizer=type(optimizer).__name__, strategy=type(self.strategy).__name__)
+        return json.dumps(settings | {f'optimizer {k}': v for k, v in optimizer.param_groups[0].items() if k != 'params'}, default=str)
+
+    def _check_settings(self, text):  # against those of here, as far as both know them
+        there, here = json.loads(text), json.loads(self._settings_text())
+        other = [f'{k}={there[k]!r} there and {here[k]!r} here' for k in there.keys() & here.keys() if json.dumps(there[k]) != json.dumps(here[k])]
+        if other: raise ValueError(f'this state does not fit: it was saved with {", ".join(sorted(other))}; use the same config and strategy')
+
     def state_dict(self) -> dict: # flat, name -> tensor
-        "All that the adapter knows."
+        "All that the adapter knows, its settings as text (JSON, in bytes), and a digest by which damage is noticed."
         state = lambda s: vars(s) if self.config.ema_decay is not None else vars(s) | {'average': None}
         tree = dict(tensors=self.weights.tensors, source=self.learner.source, now=state(self.learner.state()), best=state(self.best),
                     best_return=self.best_return, last_return=self.last_return, counters=self.counters, monitors=self.monitors.state())
-        return {k: v.detach().clone() for k, v in _flat(tree).items()}
+        state = {k: v.detach().clone() for k, v in _flat(tree).items()} | dict(settings=torch.tensor(list(self._settings_text().encode()), dtype=torch.uint8))
+        return state | dict(digest=_digest(state))
 
     @torch.inference_mode(False)
     def load_state_dict(self,
-                        state: dict): # of an adapter of the same model and config
-        "Go on from there. Raises ValueError, and changes nothing, if it does not fit; RuntimeError inside a context."
+                        state: dict): # of an adapter of the same model, config and strategy
+        "Go on from there. Raises ValueError, and changes nothing, if it does not fit or is not as it was saved; RuntimeError inside a context."
         if self._depth: raise RuntimeError('a context is open; leave it before loading')
-        fixed = lambda s: {k: (tuple(v.shape), v.dtype) for k, v in s.items() if not k.startswith('monitors/') and k != 'last_return'}
+        fixed = lambda s: {k: (tuple(v.shape), v.dtype) for k, v in s.items() if not k.startswith('monitors/') and k not in ('last_return', 'settings')}
         given, needed = fixed(state), fixed(self.state_dict())
         for k in (*needed, *given):
             if given.get(k) != needed.get(k): raise ValueError(f'this state does not fit: {k} is {given.get(k)} there and {needed.get(k)} here; use the same model and config')
+        state = dict(state)
+        if not torch.equal(state.pop('digest').cpu(), _digest(state)): raise ValueError('this state does not fit: something in it was changed, added or lost after it was saved; save it again')
+        self._check_settings(bytes(state.pop('settings').tolist()))
         device = self.learner.drift().device
         belongs_there = lambda k, v: v.dim() >= 2 or '/optimizer/' not in k and k.startswith(('tensors/', 'source/', 'monitors/', 'now/params/', 'best/params/'))
         tree = _nested({k: v.to(device, copy=True) if belongs_there(k, v) else v.clone() for k, v in state.items()})
@@ -607,12 +634,13 @@ class Adapter:
     def save(self,
              path): # .npz file
         "Write the state atomically: the file is whole, or as it was."
-        write_npz(path, dict(format=self.format, format_version=self.format_version), {k: (v.view(torch.int16) if v.dtype == torch.bfloat16 else v).cpu().numpy() for k, v in self.state_dict().items()})
+        write_npz(path, dict(format=self.format, format_version=self.format_version), {k: _array(v) for k, v in self.state_dict().items()})
 
     def load(self,
              path): # .npz file
         "Read a state; no code in the file is run. Raises ValueError if it is not one, or does not fit."
-        arrays, dtypes = read_npz(path, self.format, self.format_version)[1], {k: v.dtype for k, v in self.state_dict().items()}
+        (header, arrays), dtypes = read_npz(path, self.format, self.format_version), {k: v.dtype for k, v in self.state_dict().items()}
+        if header['format_version'] != self.format_version: raise ValueError(f"{path} has format_version {header['format_version']}; this version of ssm_metarl reads {self.format_version} only, adapt and save anew")
         try: state = {k: torch.from_numpy(v) for k, v in arrays.items()}
         except TypeError as error: raise ValueError(f'{path} holds something else than numbers: {error}') from None
         self.load_state_dict({k: v.view(torch.bfloat16) if dtypes.get(k) == torch.bfloat16 and v.dtype == torch.int16 else v for k, v in state.items()})
