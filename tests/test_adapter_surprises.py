@@ -117,7 +117,7 @@ def test_reset_in_inference_mode():
 
 def test_batch_made_in_inference_mode():
     a = create_adapter(nn.Linear(3, 2))
-    with torch.inference_mode(), pytest.raises(RuntimeError, match='Inference tensors cannot be saved'): a.adapt(square, torch.ones(4, 3))
+    with torch.inference_mode(), pytest.raises(ValueError, match='made in inference mode'): a.adapt(square, torch.ones(4, 3))
     assert a.adapt(square, ones)['steps'] == 1
 
 
@@ -279,3 +279,34 @@ def test_no_gradient_reaches_the_anchor():
     anchor, now = (dict(logits=torch.randn(4, 3, requires_grad=True)) for _ in range(2))
     MetaRLHook(create_adapter(nn.Linear(3, 2))).kl_to_anchor(now, anchor).backward()
     assert anchor['logits'].grad is None and now['logits'].grad.any()
+
+
+@pytest.mark.parametrize('name', ['Muon', 'Adafactor', 'LBFGS', 'SparseAdam'])
+def test_optimisers_that_do_not_work_element_by_element(name):
+    if not hasattr(torch.optim, name): pytest.skip(f'this PyTorch has no {name}')
+    with pytest.raises(ValueError, match='element by element'): create_adapter(nn.Linear(3, 2), AdaptationConfig(optimizer=getattr(torch.optim, name)))
+
+
+@pytest.mark.parametrize('lr', [1e-8, 1e-3])
+def test_an_optimiser_of_rows(lr):
+    class Rows(torch.optim.Optimizer):
+        def __init__(self, tensors): super().__init__(tensors, {})
+        @torch.no_grad()
+        def step(self): [p.sub_(lr * p.grad / p.grad.norm()) for p in self.param_groups[0]['params']]
+    with pytest.raises(ValueError, match='Rows does not work element by element'): continual(nn.Linear(3, 2), optimizer=Rows)
+
+
+def test_a_radius_that_is_not_finite():
+    for value in (torch.nan, torch.inf):
+        with pytest.raises(ValueError, match='radius of the trust region is'): create_adapter({'w': torch.full((2, 3), value)}, stacked=True)
+
+
+def test_nothing_but_empty_tensors_with_max_step():
+    m = nn.ParameterDict(dict(none=nn.Parameter(torch.ones(0, 3)), other=nn.Parameter(torch.ones(2))))
+    a = create_adapter(m, AdaptationConfig(include='none', max_step=.1, trust_radius=None))
+    assert a.adapt(lambda *_: m['none'].sum() + m['other'].sum(), fwd_fn=lambda _: None)['drift'] == 0
+
+
+def test_sparse_gradients():
+    m = nn.Embedding(5, 3, sparse=True)
+    with pytest.raises(ValueError, match='the gradient of weight is sparse'): create_adapter(m).adapt(square, torch.tensor([1, 2]))
