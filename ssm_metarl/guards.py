@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'flatten', 'split', 'finite', 'clip_gradient', 'distances', 'project', 'round_rows', 'round_towards',
-           'within_step', 'guard', 'keeps_promise', 'TaskState', 'optimizer_step', 'blank_state', 'finite_rows']
+           'within_step', 'guard', 'keeps_promise', 'TaskState', 'optimizer_step', 'check_elementwise', 'blank_state',
+           'finite_rows']
 
 # %% ../nbs/04d_guards.ipynb #04d0003
 from collections.abc import Callable
@@ -107,6 +108,7 @@ def within_step(
     limit: Tensor, # largest move of each weight, [M, n]
 ) -> Tensor: # [M, n], between old and new
     "Shorten each task's move as a whole until no weight moves further than its limit."
+    if not new.shape[1]: return new
     move = new - old
     fraction = torch.where(move == 0, 1, limit / move.abs()).amin(1, keepdim=True).clamp(max=1)
     return torch.where(fraction < 1, old + fraction * move, new)
@@ -217,6 +219,25 @@ def optimizer_step(
     group = clocks.unique(dim=0, return_inverse=True)[1]
     for g in group[live].unique(): _step_rows(make_optimizer, params, grads, state, (live & (group == g)).nonzero().flatten())
     return params, state
+
+
+def check_elementwise(
+    make_optimizer: Callable, # as above
+):
+    "Two trial steps on a small matrix, and on its numbers one by one. Raises ValueError if they differ or fail, as with Muon, Adafactor, LBFGS and SparseAdam."
+    numbers = torch.linspace(-1, 2, 12, dtype=torch.float64).cos().view(4, 3)
+    whole, single = [nn.Parameter(numbers.clone())], [nn.Parameter(x.clone()) for x in numbers.view(-1, 1, 1)]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            for tensors in (whole, single):
+                optimizer = make_optimizer(tensors)
+                for t in range(2):
+                    for p, x in zip(tensors, (numbers + t).sin().view(len(tensors), *tensors[0].shape)): p.grad = x
+                    optimizer.step()
+    except Exception as error: raise ValueError(f'the optimiser fails in a trial step ({type(error).__name__}: {error}); choose one that works element by element, without a closure, as {", ".join(OPTIMIZERS)} do') from error
+    moves = [torch.cat([p.detach().flatten() for p in tensors]) - numbers.flatten() for tensors in (whole, single)]
+    if not torch.allclose(*moves, rtol=1e-6, atol=1e-15, equal_nan=True):
+        raise ValueError(f'{type(optimizer).__name__} does not work element by element, so it cannot step M tasks as rows; choose one that does, as {", ".join(OPTIMIZERS)} do')
 
 
 def blank_state(

@@ -296,7 +296,7 @@ def disturb(what, model, adapter, batch):
 MOVES = ['adapt', 'own loss', 'observe', 'nan', 'single', 'train', 'eval', 'forward', 'freeze', 'reset', 'returns', 'using', 'raise in forward', 'raise in loss']
 
 
-def memory(adapter): return {k: v for k, v in adapter.state_dict().items() if not k.startswith(('counters', 'monitors'))}
+def memory(adapter): return {k: v for k, v in adapter.state_dict().items() if not k.startswith('counters') and k != 'digest'}
 
 
 @pytest.mark.parametrize('kind', MODELS)
@@ -515,6 +515,43 @@ def test_foreign_files_are_refused(tmp_path):
     refused('does not fit', create_adapter(make('batch').double()))
     refused('does not fit', create_adapter(make('batch'), AdaptationConfig(ema_decay=.9)))
     refused('does not fit', create_adapter(make('batch'), AdaptationConfig(include='head.*')))
+    for version in (1, 2):
+        write_npz(path, header | dict(format_version=version), {})
+        refused(f'has format_version {version}; this version of ssm_metarl reads 3 only')
+
+
+def worked():
+    "An adapter that has all that a state can hold."
+    adapter = create_adapter(make('batch'), AdaptationConfig(ema_decay=.9, mode='continual'))
+    adapter.calibrate(random(0, 10, 4, 6, 2), false_alarms=.4)
+    adapter.adapt(cross_entropy, data('batch')), adapter.observe(dict(logits=torch.zeros(5, K)), feats=random(1, 5, 2)), adapter.observe_return(1.)
+    return adapter
+
+
+DAMAGE = {'monitors/source/mean': [lambda v: v[:1], lambda v: v.float()], 'monitors/moments/first': [lambda v: v.repeat(3, 1)], 'monitors/raised': [lambda v: v.double()],
+          'monitors/source/threshold': [lambda v: v * math.nan], 'monitors/source': [lambda _: torch.ones(2)], 'monitors/foo/bar': [lambda _: torch.ones(2)], 'unknown': [lambda _: torch.ones(2)],
+          'now/average': [lambda v: v * math.nan, lambda v: v + 1e3], 'now/optimizer/head.weight/exp_avg': [lambda v: v * math.nan], 'now/optimizer/head.weight/exp_avg_sq': [lambda v: -v],
+          'now/optimizer/head.weight/clock': [lambda v: v - 4], 'counters/steps': [lambda v: -v], 'tensors/head.weight': [lambda v: v * 1.001], 'last_return': [lambda v: v.repeat(7)],
+          'digest': [lambda v: v[:5], lambda v: v.double()], 'settings': [lambda v: v[:-1], lambda v: v.double()]}
+
+
+@pytest.mark.parametrize('name', [*DAMAGE, 'monitors dropped'])
+def test_damaged_states_are_refused(tmp_path, name):
+    state, other = worked().state_dict(), create_adapter(make('batch', 1), AdaptationConfig(ema_decay=.9, mode='continual'))
+    before = other.state_dict()
+    for damage in DAMAGE.get(name, [None]):
+        bad = {k: v for k, v in state.items() if not k.startswith('monitors')} if damage is None else state | {name: damage(state.get(name))}
+        with pytest.raises(ValueError, match='does not fit'): other.load_state_dict(bad)
+        assert_same(other.state_dict(), before)
+    other.load_state_dict(state)
+    assert_same(other.state_dict(), state)
+
+
+@pytest.mark.parametrize('words, change, strategy', [('lr=0.001 there and 0.01 here', dict(lr=.01), 'none'), ("optimizer='Adam' there and 'AdamW' here", dict(optimizer='adamw'), 'none'),
+                                                     (r'optimizer betas=\[0.9, 0.999\] there', dict(optimizer=lambda p: torch.optim.Adam(p, 1e-3, betas=(.8, .9))), 'none'),
+                                                     ("strategy='NoStrategy' there and 'Tent' here", {}, 'tent'), ('trust_radius=0.1 there and 0.2 here', dict(trust_radius=.2), 'none')])
+def test_a_state_of_other_settings_is_refused(words, change, strategy):
+    with pytest.raises(ValueError, match=words): create_adapter(make('batch'), AdaptationConfig(**dict(ema_decay=.9, mode='continual') | change), strategy).load_state_dict(worked().state_dict())
 
 
 @given(seeds, st.lists(st.lists(st.sampled_from([-math.inf, -1., 0., 1., 2., math.nan]), min_size=2, max_size=2), min_size=1, max_size=6), st.sampled_from([0., 1.]))
@@ -710,10 +747,10 @@ def test_kl_to_the_anchor_is_that_of_torch_and_holds_back(seed):
 # --- monitors
 
 def test_passes_with_dropout_disagree_and_one_network_does_not_say():
-    model, x = nn.Sequential(nn.Linear(D, 32), nn.ReLU(), nn.Dropout(.5), nn.Linear(32, K)), random(0, 8, D)
-    adapter = create_adapter(model)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
+        model, x = nn.Sequential(nn.Linear(D, 32), nn.ReLU(), nn.Dropout(.5), nn.Linear(32, K)), random(0, 8, D)
+        adapter = create_adapter(model)
         passes = [dict(logits=model.train()(x)) for _ in range(20)]
         one = dict(logits=model.eval()(x))
     assert adapter.observe(passes)['mutual_information'] > .01 and adapter.observe(passes)['epistemic_variance'] > 0

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ssm_metarl.adapter import AdaptationConfig, SSMHook, Tent, create_adapter
+from ssm_metarl.adapter import AdaptationConfig, MetaRLHook, SSMHook, Tent, create_adapter
 from ssm_metarl.ssm import write_npz
 
 torch.set_num_threads(1)
@@ -117,7 +117,7 @@ def test_reset_in_inference_mode():
 
 def test_batch_made_in_inference_mode():
     a = create_adapter(nn.Linear(3, 2))
-    with torch.inference_mode(), pytest.raises(RuntimeError, match='Inference tensors cannot be saved'): a.adapt(square, torch.ones(4, 3))
+    with torch.inference_mode(), pytest.raises(ValueError, match='made in inference mode'): a.adapt(square, torch.ones(4, 3))
     assert a.adapt(square, ones)['steps'] == 1
 
 
@@ -188,3 +188,125 @@ def test_batch_norm_called_by_keyword():
 def test_empty_stack():
     for tensor in (torch.ones(0, 3), torch.tensor(1.)):
         with pytest.raises(ValueError): create_adapter({'w': tensor}, stacked=True)
+
+
+def test_a_slash_in_any_name():
+    with pytest.raises(ValueError, match="the name 'a/b.weight' contains '/'"): create_adapter(nn.ModuleDict({'a/b': nn.Linear(3, 2), 'c': nn.Linear(3, 2)}), AdaptationConfig(include='c.*'))
+
+
+@pytest.mark.parametrize('mode', ['episodic', 'continual'])
+@pytest.mark.parametrize('what', ['transposed', 'fewer rows', 'resized', 'one more dimension', 'square'])
+def test_other_shapes_inside(what, mode):
+    m = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
+    a = create_adapter(m, AdaptationConfig(mode=mode))
+    with torch.no_grad():
+        m[0].weight.mul_(2)
+        before, square = {k: v.clone() for k, v in m.state_dict().items()}, m[2].weight.clone()
+    with a.context():
+        if what == 'transposed': m[0].weight.data = m[0].weight.data.t()
+        elif what == 'fewer rows': m[0].weight.data = m[0].weight.data[:2]
+        elif what == 'resized': m[1].running_mean.resize_(9)
+        elif what == 'one more dimension': m[1].running_mean.unsqueeze_(0)
+        elif what == 'square': m[2].weight.data = m[2].weight.data.t()
+        m.eval()
+    if what == 'square' and mode == 'continual': before['2.weight'] = square.t()
+    assert m.training and all(p.is_contiguous() for p in m.parameters())
+    for k, v in m.state_dict().items(): assert torch.equal(v, before[k]), k
+
+
+def test_one_tensor_that_cannot_be_given_back_leaves_no_other():
+    m = nn.ModuleDict(dict(a=nn.Linear(3, 2), b=nn.BatchNorm1d(2), c=nn.Linear(2, 2)))
+    a, before = create_adapter(m), {k: v.clone() for k, v in m.state_dict().items()}
+    with pytest.raises(KeyError), a.context():
+        with torch.no_grad(): [v.add_(1) for v in m.state_dict().values()]
+        a.best_return = a.best_return + torch.inf
+        del m['b']
+    for k, v in m.state_dict().items(): assert torch.equal(v, before[k])
+    assert a.best_return == -torch.inf
+
+
+def test_an_alarm_does_not_outlive_its_episode():
+    a, out = create_adapter(nn.Linear(3, 2), AdaptationConfig(shift_gate=True)), dict(logits=torch.zeros(4, 3))
+    streams = torch.randn(10, 4, 6, 3, generator=torch.Generator().manual_seed(0))
+    a.calibrate(streams, false_alarms=.4), a.observe(out, feats=streams[0, 0])
+    before = a.state_dict()
+    with a.context():
+        a.observe(out, feats=1e3 + ones)
+        assert a.adapt(square, ones)['steps'] == 1
+    for k, v in a.state_dict().items(): assert k.startswith(('counters', 'digest')) or torch.equal(v, before[k]), k
+    with a.context(): assert a.adapt(square, ones)['gated'] == 1
+    with a.context(): a.calibrate(streams[..., :2], false_alarms=.4)
+    assert len(a.monitors.features.source['mean']) == 2  # a calibration stays
+    a.observe(out, feats=streams[0, 0, :, :2])
+
+
+@pytest.mark.parametrize('what', ['adapt', 'using', 'context', 'elsewhere'])
+def test_features_are_those_of_the_weights_of_now(what):
+    m = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    a = create_adapter(m, AdaptationConfig(lr=.1, trust_radius=None, mode='episodic' if what == 'context' else 'continual'))
+    h, source = SSMHook(a).attach(m), m[0](ones).detach()
+    assert torch.equal(h.features(ones), source)
+    if what == 'elsewhere':
+        with torch.no_grad(): m[0].weight.zero_()
+    else:
+        with a.context():
+            a.adapt(square, ones)
+            if what == 'context': m(ones)
+            if what == 'using':
+                m(ones)
+                with a.using(): assert torch.equal(h.features(ones), source)
+    assert torch.equal(h.features(ones), m[0](ones)) and torch.equal(m[0](ones), source) == (what == 'context')
+
+
+def test_asking_for_features_changes_nothing():
+    m = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 2)).train()
+    h, before, generator = SSMHook(create_adapter(m)).attach(m), {k: v.clone() for k, v in m.state_dict().items()}, torch.get_rng_state()
+    h.features(ones)
+    for k, v in m.state_dict().items(): assert torch.equal(v, before[k]), k
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+@pytest.mark.parametrize('error', [ZeroDivisionError, KeyboardInterrupt])
+def test_a_loss_that_raises_leaves_no_trace(error):
+    def broken(outputs, batch): raise error
+    m = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).train()
+    a, before = continual(m), {k: v.clone() for k, v in m.state_dict().items()}
+    with pytest.raises(error): a.adapt(broken, ones)
+    for k, v in m.state_dict().items(): assert torch.equal(v, before[k]), k
+
+
+def test_no_gradient_reaches_the_anchor():
+    anchor, now = (dict(logits=torch.randn(4, 3, requires_grad=True)) for _ in range(2))
+    MetaRLHook(create_adapter(nn.Linear(3, 2))).kl_to_anchor(now, anchor).backward()
+    assert anchor['logits'].grad is None and now['logits'].grad.any()
+
+
+@pytest.mark.parametrize('name', ['Muon', 'Adafactor', 'LBFGS', 'SparseAdam'])
+def test_optimisers_that_do_not_work_element_by_element(name):
+    if not hasattr(torch.optim, name): pytest.skip(f'this PyTorch has no {name}')
+    with pytest.raises(ValueError, match='element by element'): create_adapter(nn.Linear(3, 2), AdaptationConfig(optimizer=getattr(torch.optim, name)))
+
+
+@pytest.mark.parametrize('lr', [1e-8, 1e-3])
+def test_an_optimiser_of_rows(lr):
+    class Rows(torch.optim.Optimizer):
+        def __init__(self, tensors): super().__init__(tensors, {})
+        @torch.no_grad()
+        def step(self): [p.sub_(lr * p.grad / p.grad.norm()) for p in self.param_groups[0]['params']]
+    with pytest.raises(ValueError, match='Rows does not work element by element'): continual(nn.Linear(3, 2), optimizer=Rows)
+
+
+def test_a_radius_that_is_not_finite():
+    for value in (torch.nan, torch.inf):
+        with pytest.raises(ValueError, match='radius of the trust region is'): create_adapter({'w': torch.full((2, 3), value)}, stacked=True)
+
+
+def test_nothing_but_empty_tensors_with_max_step():
+    m = nn.ParameterDict(dict(none=nn.Parameter(torch.ones(0, 3)), other=nn.Parameter(torch.ones(2))))
+    a = create_adapter(m, AdaptationConfig(include='none', max_step=.1, trust_radius=None))
+    assert a.adapt(lambda *_: m['none'].sum() + m['other'].sum(), fwd_fn=lambda _: None)['drift'] == 0
+
+
+def test_sparse_gradients():
+    m = nn.Embedding(5, 3, sparse=True)
+    with pytest.raises(ValueError, match='the gradient of weight is sparse'): create_adapter(m).adapt(square, torch.tensor([1, 2]))
