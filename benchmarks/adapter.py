@@ -8,14 +8,12 @@ The policy is that of the experiment nav2d, with a batch of 20 trajectories of 1
 a calibrated alarm, then one step of policy gradient with Adam and the default guards; "at the edge": in a trust region so small that each step has to be projected. The peer is one plain gradient step: the same loss, backward, a step of `torch.optim.Adam` on the same parameters, and nothing else.
 "None": what a call of `adapt` with strategy 'none' and no loss takes, beside the forward pass that its caller makes anyway. One CPU thread; the allocator keeps freed memory (`keep_memory`), as in the command line.
 """
-import argparse
 from dataclasses import replace
 
 import torch
-from paired import paired, write_rows
+from paired import main
 
 from ssm_metarl.adapter import AdaptationConfig, MetaRLHook, create_adapter
-from ssm_metarl.compiling import keep_memory
 from ssm_metarl.envs import sample_tasks
 from ssm_metarl.maml import stack
 from ssm_metarl.pipeline import CONFIGS
@@ -83,21 +81,4 @@ def cases():
             yield f'none, {name}', idle, 'a forward pass', look
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('words', nargs='*', help='only rows whose name contains one of them')
-    parser.add_argument('--repeats', type=int, default=21)
-    parser.add_argument('--json', metavar='FILE')
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    keep_memory()
-    rows = []
-    for name, ours, peer_name, peer in cases():
-        if args.words and not any(word in name for word in args.words): continue
-        ratio, ms = paired(ours, peer, args.repeats)
-        rows.append(dict(name=name, ratio=round(ratio, 4), peer=peer_name, ms=round(ms, 3)))
-        print(f'{name:46} {ratio:7.4f} of {peer_name:25} {ms:8.2f} ms', flush=True)
-    write_rows(rows, args.json)
-
-
-if __name__ == '__main__': main()
+if __name__ == '__main__': main(__doc__, cases, repeats=21)

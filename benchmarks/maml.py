@@ -9,7 +9,6 @@ An iteration at the size of nav2d: 20 tasks x 20 trajectories x 100 steps, colle
 given, in float64 for the check: both must give the same meta-gradient, to 1e-8. "GRU" is the same with a gated recurrent unit as memory (`nn.GRU` has no functional form per task, so the peer takes ours, one task at a time).
 One CPU thread; the allocator keeps freed memory (`keep_memory`), as in the command line.
 """
-import argparse
 from dataclasses import replace
 from itertools import product
 
@@ -18,9 +17,8 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from paired import paired, write_rows
+from paired import main
 
-from ssm_metarl.compiling import keep_memory
 from ssm_metarl.envs import EnvConfig, sample_tasks
 from ssm_metarl.maml import MetaMAML, returns_variance
 from ssm_metarl.pipeline import CONFIGS
@@ -147,21 +145,4 @@ def cases():
             yield f'meta-step, {"first" if first_order else "second"} order, {core}', *(lambda pair=meta_steps(core, first_order): (pair[0], 'autograd, task by task', pair[1]))()
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('words', nargs='*', help='only rows whose name contains one of them')
-    parser.add_argument('--repeats', type=int, default=5)
-    parser.add_argument('--json', metavar='FILE')
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    keep_memory()
-    rows = []
-    for name, ours, peer_name, peer in cases():
-        if args.words and not any(word in name for word in args.words): continue
-        ratio, ms = paired(ours, peer, args.repeats)
-        rows.append(dict(name=name, ratio=round(ratio, 4), peer=peer_name, ms=round(ms, 3)))
-        print(f'{name:34} {ratio:6.3f} of {peer_name:42} {1 / ratio:5.1f} times as fast, {ms:8.1f} ms', flush=True)
-    write_rows(rows, args.json)
-
-
-if __name__ == '__main__': main()
+if __name__ == '__main__': main(__doc__, cases, repeats=5)
