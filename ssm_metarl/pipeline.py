@@ -589,7 +589,7 @@ RELATIVES = {'MAML': {}, 'first-order MAML': {'meta': {'first_order': True, 'inn
 EXPERIMENTS |= {'nav2d-relatives': Experiment(replace(CONFIGS['nav2d'], meta=replace(CONFIGS['nav2d'].meta, outer_steps=100)), RELATIVES)}
 EXPERIMENTS |= {'nav2d-rotated': Experiment(CONFIGS['nav2d-rotated'], MEMORIES)}
 EXPERIMENTS |= {name: Experiment(CONFIGS[name], MEMORIES, validation=0, score_tasks=20_000) for name in ('bandit-dependent', 'bandit-independent', 'bandit-10-5', 'bandit-100-5')}
-EXPERIMENTS |= {'mdp-10': Experiment(CONFIGS['mdp-10'], MEMORIES | {'two SSM layers': {'policy': {'core': 'stack'}}}, validation=0, score_tasks=1000)}
+EXPERIMENTS |= {'mdp-10': Experiment(CONFIGS['mdp-10'], MEMORIES | {'two SSM layers': {'policy': {'core': 'stack'}}, 'H3': {'policy': {'core': 'h3', 'state_dim': 16}}}, validation=0, score_tasks=1000)}
 
 
 def trial_scores(

@@ -71,7 +71,7 @@ class PolicyConfig:
     init: str = 'lru' # eigenvalues of the core, as in `SSMConfig`
     init_log_std: float = -0.5 # initial log standard deviation of a Gaussian action, in units of half the action range
     min_log_std: float = -2.5 # floor of the same; keeps exploring, and log-probabilities finite
-    core: str = 'ssm' # the memory: 'ssm', 'stack' of two such layers, 'gru', or 'none', an SSM without dynamics
+    core: str = 'ssm' # the memory: 'ssm', 'stack' of two such layers, 'h3' (a table of N x N), 'gru', or 'none', an SSM without dynamics
     history: bool = False # also see the previous action, reward and episode start (RL^2 needs it)
 
     def __post_init__(self):
@@ -194,7 +194,7 @@ class SSMMetaPolicy(nn.Module):
         "The parameters as a flat dict of tensors, detached copies: what the functional form takes."
         return {k: v.detach().clone() for k, v in self.named_parameters()}
 
-    def initial_state(self, *shape) -> Tensor: # complex [*shape, P]; [*shape, 2, P] for a stack; real [*shape, N] for a GRU
+    def initial_state(self, *shape) -> Tensor: # complex [*shape, P]; [*shape, 2, P] for a stack; real [*shape, N] for a GRU, [*shape, N * N + H] for H3
         "An empty memory for `shape` sequences."
         return self.core.initial_state(*shape)
 

@@ -380,7 +380,7 @@ def test_joint_training_in_chunks_is_joint_training(cls):
         with pytest.raises(ValueError, match='joint training has neither'): learner(**kw)
 
 
-@pytest.mark.parametrize('core', ['stack', 'gru', 'none'])
+@pytest.mark.parametrize('core', ['stack', 'h3', 'gru', 'none'])
 def test_every_core_can_be_traced_and_another_config_is_another_graph(core):
     plain, traced = make(core=core), make(core=core, compile=True)
     traced.backend = 'eager'
@@ -395,7 +395,7 @@ def test_a_missing_compiler_is_named(tmp_path):
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith('RuntimeError: there is no C++ compiler')
 
 
-@pytest.mark.parametrize('core', ['ssm', 'stack', 'gru'])
+@pytest.mark.parametrize('core', ['ssm', 'stack', 'h3', 'gru'])
 @pytest.mark.parametrize('family, episodes', [('MetaGymToy-v0', 1), ('MetaTabularMDP-v0', 2)])
 def test_a_compiled_actor_does_what_the_policy_does(core, family, episodes):
     "Traced and cut in two; what inductor makes of it is tested in notebook 03d."

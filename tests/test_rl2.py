@@ -19,7 +19,7 @@ PAIR = {'arms': 2, 'dependent': True}
 PLACES = {'bandit': EnvConfig('MetaBandit-v0', K, 9, options=PAIR), 'episodes of one pull': EnvConfig('MetaBandit-v0', K, 1, options=PAIR, episodes_per_trial=5),
           'MDP': EnvConfig('MetaTabularMDP-v0', K, 3, options={'states': 3, 'actions': 2, 'horizon': 3}, episodes_per_trial=3),
           'episodes that end early': EnvConfig('MamlTestCorridor-v0', K, 6, episodes_per_trial=3), 'continuous actions': EnvConfig('MetaGymToy-v0', K, 4, episodes_per_trial=2)}
-places, cores = pytest.mark.parametrize('place', PLACES), pytest.mark.parametrize('core', ['ssm', 'stack', 'gru', 'none'])
+places, cores = pytest.mark.parametrize('place', PLACES), pytest.mark.parametrize('core', ['ssm', 'stack', 'h3', 'gru', 'none'])
 
 
 def make(place='episodes that end early', core='ssm', seed=0, cls=RL2, **kw):
@@ -78,14 +78,14 @@ def test_history_is_what_happened_one_step_before(place):
     assert not action[..., 0, :].any() and not reward[..., 0].any()
 
 
-@pytest.mark.parametrize('core', ['ssm', 'stack', 'gru'])
+@pytest.mark.parametrize('core', ['ssm', 'stack', 'h3', 'gru'])
 def test_memory_lasts_over_episodes_and_not_over_trials(core):
     learner = make('MDP', core)
     traj = play(learner)
     inputs = policy_inputs(learner.policy, traj)
     logits, cut = (replay(learner, inputs, reset)['logits'] for reset in (traj.memory_reset, traj.episode_start))
     torch.testing.assert_close(cut[..., :3, :], logits[..., :3, :], rtol=0, atol=1e-12)
-    assert (cut[..., 3:, :] - logits[..., 3:, :]).abs().amax(-1).min() > 1e-9
+    assert (cut[..., 3:, :] - logits[..., 3:, :]).abs().amax((-2, -1)).min() > 1e-9  # in each trial
     for m in range(M):  # all trials of a task as one sequence
         glued = replay(learner, inputs[m].flatten(0, 1)[None], traj.memory_reset[m].flatten()[None])['logits']
         torch.testing.assert_close(glued.view(logits[m].shape), logits[m], rtol=0, atol=1e-12)
