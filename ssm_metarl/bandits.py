@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Bandit', 'random_arm', 'play_bandit', 'regret', 'total_reward', 'ucb1', 'thompson', 'bayes_optimal_value',
            'index_table', 'index_policy', 'evidence', 'thompson_dependent', 'greedy_dependent', 'dependent_regret',
-           'backward_induction', 'TabularMDP', 'play_plan', 'sample_mdp', 'psrl']
+           'backward_induction', 'TabularMDP', 'play_plan', 'sample_mdp', 'psrl', 'myopic']
 
 # %% ../nbs/02b_bandits.ipynb #02b0003
 from collections.abc import Callable
@@ -330,4 +330,28 @@ def psrl(
         np.add.at(visits, (rows, states[:, :-1], actions, states[:, 1:]), 1)
         np.add.at(paid, (rows, states[:, :-1], actions), rewards)
         returns[:, episode] = rewards.sum(1)
+    return returns
+
+# %% ../nbs/02b_bandits.ipynb #02b0082
+def myopic(
+    env: EnvBatch, # N environments of `TabularMDP`
+    episodes: int, # to play in each
+    bonus: float = 0., # c, standard deviations that are added to the mean
+    prior_mean: float = 1., # of the mean rewards; 1 is that of `TabularMDP`
+) -> np.ndarray: # return of each episode, [N, episodes]
+    "In each state the action with the highest posterior mean of the reward, plus a bonus for what is uncertain: neither plan nor sample. Raises ValueError for environments that start again by themselves."
+    if env.restarts: raise ValueError(f"autoreset_mode={env.metadata['autoreset_mode']} would start episodes by itself; make the batch with AutoresetMode.DISABLED")
+    family, rows = env.family, np.arange(env.num_envs)
+    paid, seen = np.zeros((2, env.num_envs, family.states, family.actions))
+    returns = np.zeros((env.num_envs, episodes))
+    for episode in range(episodes):
+        obs, _ = env.reset()
+        for _ in range(min(family.horizon, env.config.time_limit)):
+            state = obs.argmax(1)
+            n = 1 + seen[rows, state]
+            action = ((prior_mean + paid[rows, state]) / n + bonus / np.sqrt(n)).argmax(1)
+            obs, reward, *_ = env.step(action)
+            paid[rows, state, action] += reward
+            seen[rows, state, action] += 1
+            returns[:, episode] += reward
     return returns
