@@ -161,7 +161,7 @@ CONFIGS |= {
     'bandit-independent': learn_in_memory('MetaBandit-v0', {'arms': 2}, 30, 600),
     'bandit-10-5': learn_in_memory('MetaBandit-v0', {'arms': 5}, 10, 1500),
     'bandit-100-5': learn_in_memory('MetaBandit-v0', {'arms': 5}, 100, 2500, num_envs=1, gae_lambda=0.98),
-    'mdp-10': replace(learn_in_memory('MetaTabularMDP-v0', {}, 10, 1500, episodes_per_trial=10, num_envs=1, tasks_per_batch=128, outer_epochs=4, outer_lr=2e-3, gae_lambda=0.5, entropy_coef=0.01),
+    'mdp-10': replace(learn_in_memory('MetaTabularMDP-v0', {}, 10, 1000, episodes_per_trial=10, num_envs=1, tasks_per_batch=128, outer_epochs=4, outer_lr=2e-3, gae_lambda=0.5, entropy_coef=0.01),
                       policy=PolicyConfig(64, 64, history=True)),
 }
 
