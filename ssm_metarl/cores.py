@@ -141,7 +141,7 @@ class H3(nn.Module):
         if reset is not None: before = before.masked_fill(reset.unsqueeze(-1), 0)
         b = written(params, before, x)
         h = scan(between(kept(params), b), b, h, reset)
-        return looked_up(params, h, x), torch.cat([h[..., -1, :], x[..., -1, :]], -1)
+        return looked_up(params, h, x), torch.cat([h[..., -1, :], x[..., -1, :]], -1) if x.shape[-2] else state
 
     def stepper(self,
                 params: dict = None, # as in `functional`; None: the module's own
