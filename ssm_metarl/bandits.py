@@ -339,14 +339,15 @@ def myopic(
     bonus: float = 0., # c, standard deviations that are added to the mean
     prior_mean: float = 1., # of the mean rewards; 1 is that of `TabularMDP`
 ) -> np.ndarray: # return of each episode, [N, episodes]
-    "In each state the action with the highest posterior mean of the reward, plus a bonus for what is uncertain: neither plan nor sample. Raises ValueError for environments that start again by themselves."
+    "In each state the action with the highest posterior mean of the reward, plus a bonus for what is uncertain: neither plan nor sample. Raises ValueError for environments that start again by themselves, or cut episodes."
     if env.restarts: raise ValueError(f"autoreset_mode={env.metadata['autoreset_mode']} would start episodes by itself; make the batch with AutoresetMode.DISABLED")
+    if env.config.time_limit < env.family.horizon: raise ValueError(f'time_limit={env.config.time_limit} would cut an episode of {env.family.horizon} steps; raise it')
     family, rows = env.family, np.arange(env.num_envs)
     paid, seen = np.zeros((2, env.num_envs, family.states, family.actions))
     returns = np.zeros((env.num_envs, episodes))
     for episode in range(episodes):
         obs, _ = env.reset()
-        for _ in range(min(family.horizon, env.config.time_limit)):
+        for _ in range(family.horizon):
             state = obs.argmax(1)
             n = 1 + seen[rows, state]
             action = ((prior_mean + paid[rows, state]) / n + bonus / np.sqrt(n)).argmax(1)

@@ -99,7 +99,7 @@ class TwoLayers(SSMStack):
 
 # %% ../nbs/00b_cores.ipynb #00b0022
 class H3(nn.Module):
-    "A state space layer that keeps values under keys and reads them with queries (H3; Fu et al., ICLR 2023), with the interface of `SSM`."
+    "A state space layer that keeps values under keys and reads them with queries (after H3; Fu et al., ICLR 2023: one head, a lag of one step, one real mode for each entry), with the interface of `SSM`: functional form, resets, steps. Raises ValueError for a state of another size."
 
     def __init__(self,
                  config: SSMConfig, # input_dim D, state_dim N (of keys, values and queries: the state is a table of N x N), output_dim H; the rest is for the SSM
@@ -111,7 +111,7 @@ class H3(nn.Module):
 
     def init_parameters(self,
                         seed: int): # the same seed gives the same parameters
-        "Draw all parameters afresh; a mode forgets within 30 to 1000 steps."
+        "Draw all parameters afresh; after 30 to 1000 steps 1 / e of an entry is left."
         g = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, p in self.named_parameters():
@@ -128,6 +128,10 @@ class H3(nn.Module):
         "What a state consists of."
         return [self.config.state_dim**2, self.config.input_dim]
 
+    def parts(self, state):  # table [..., N * N], last input [..., D]
+        if state.shape[-1] != sum(self.sizes): raise ValueError(f'state is {list(state.shape)}; this layer needs [..., {sum(self.sizes)}]: a table of {self.sizes[0]} numbers, and an input of {self.sizes[1]}')
+        return state.split(self.sizes, -1)
+
     def functional(self,
                    params: dict, # flat dict, each value [...] or [M, ...]
                    x: Tensor, # [..., T, D]
@@ -136,7 +140,7 @@ class H3(nn.Module):
                   ) -> tuple: # y [..., T, H], state after the last step [..., N * N + D]
         "Whole sequences, as a pure function of the parameters."
         state = x.new_zeros(*x.shape[:-2], sum(self.sizes)) if state is None else state
-        h, before = state.split(self.sizes, -1)
+        h, before = self.parts(state)
         before = torch.cat([before.unsqueeze(-2), x[..., :-1, :]], -2)
         if reset is not None: before = before.masked_fill(reset.unsqueeze(-1), 0)
         b = written(params, before, x)
@@ -151,7 +155,7 @@ class H3(nn.Module):
         A_bar = kept(params)
         def step(u, state, reset=None):
             if reset is not None: state = state.masked_fill(reset.unsqueeze(-1), 0)
-            h, before = state.split(self.sizes, -1)
+            h, before = self.parts(state)
             h = torch.addcmul(written(params, before, u), between(A_bar, h), h)
             return looked_up(params, h, u), torch.cat([h, u], -1)
         return step

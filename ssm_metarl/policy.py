@@ -67,7 +67,7 @@ def choose_action(
 class PolicyConfig:
     "Sizes and initial values of an `SSMMetaPolicy`."
     hidden_dim: int = 64 # H, width of the encoder, of the core's input and output and of the features
-    state_dim: int = 32 # N, real numbers of SSM state
+    state_dim: int = 32 # N, real numbers of state; with 'h3' those of a key, so the table has N * N
     init: str = 'lru' # eigenvalues of the core, as in `SSMConfig`
     init_log_std: float = -0.5 # initial log standard deviation of a Gaussian action, in units of half the action range
     min_log_std: float = -2.5 # floor of the same; keeps exploring, and log-probabilities finite
