@@ -24,8 +24,9 @@ def trace(
     *examples, # tensors with the shapes that it will be called with
 ) -> GraphModule: # the operations that it carries out, those of derivatives too
     "What a function does, as a list of operations. Raises RuntimeError if Python decides by numbers in it."
+    from torch._decomp import get_decompositions
     from torch.fx.experimental.proxy_tensor import make_fx  # seconds to import, so only where compiling is asked for
-    return make_fx(f, tracing_mode='fake')(*examples)
+    return make_fx(f, get_decompositions([torch.ops.aten.baddbmm]), tracing_mode='fake')(*examples)
 
 
 @contextmanager
