@@ -223,13 +223,13 @@ def linear_baseline(
     ridge: float = 1e-5, # regularisation per sample
 ) -> Tensor: # predicted return, [M, K, T], float64; 0 where masked
     "Return as a linear function of (o, o^2, t, t^2, t^3, 1), fitted per task by ridge regression (Duan et al., ICML 2016)."
-    o, outside = traj.obs.double(), ~traj.mask
-    t = (torch.arange(o.shape[2], dtype=o.dtype, device=o.device) / 100).view(1, 1, -1, 1).expand(*o.shape[:3], 1)
-    X = torch.cat([o, o**2, t, t**2, t**3, torch.ones_like(t)], -1).masked_fill(outside.unsqueeze(-1), 0)
-    flat, y = X.flatten(1, 2), returns.double().masked_fill(outside, 0).flatten(1, 2).unsqueeze(-1)
-    penalty = ridge * flat.shape[1] * torch.eye(X.shape[-1], dtype=o.dtype, device=o.device)
-    w = torch.linalg.solve(flat.mT @ flat + penalty, flat.mT @ y)  # [M, F, 1]
-    return (flat @ w).view_as(returns)
+    o, outside = traj.obs.double().movedim(-1, 1), ~traj.mask  # features before steps: [M, O, K, T]
+    t = (torch.arange(o.shape[-1], dtype=o.dtype, device=o.device) / 100).expand_as(o[:, :1])
+    X = torch.cat([o, o**2, t, t**2, t**3, torch.ones_like(t)], 1).masked_fill(outside.unsqueeze(1), 0).flatten(2)  # [M, F, K T]
+    y = returns.double().masked_fill(outside, 0).flatten(1).unsqueeze(-1)
+    penalty = ridge * X.shape[-1] * torch.eye(X.shape[1], dtype=o.dtype, device=o.device)
+    w = torch.linalg.solve(X @ X.mT + penalty, X @ y)  # [M, F, 1]
+    return (w.mT @ X).view_as(returns)
 
 # %% ../nbs/03_rollout.ipynb #030061
 def gae(
