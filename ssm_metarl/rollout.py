@@ -98,7 +98,7 @@ def env_seeds(
     start: int, # global index of the first task
 ) -> list: # of M * K integers, task by task
     "Seeds of the environments, from streams of their own."
-    return [int(s) for m in range(M) for s in stream(seed, f'env/{purpose}', *key, start + m).integers(2**31, size=K)]
+    return [s for m in range(M) for s in stream(seed, f'env/{purpose}', *key, start + m).integers(2**31, size=K).tolist()]
 
 # %% ../nbs/03_rollout.ipynb #030029
 def history(
