@@ -157,7 +157,7 @@ class Rollout:
         self.obs, _ = self.env.reset(seed=env_seeds(M, K, config.seed, purpose, key, start))
         self.memory, self.acted, self.happened = policy.initial_state(M, K), [], []  # of the steps so far, arrays [M, K, ...]
         self.distribution = ('logits',) if policy.discrete else ('mean', 'log_std')
-        self.left, self.begins = np.full((M, K), config.episodes_per_trial), np.ones((M, K), bool)  # episodes before each trajectory; whether one begins now
+        self.episodes, self.ended, self.begins = config.episodes_per_trial, np.zeros((M, K), int), np.ones((M, K), bool)  # episodes of a trial; how many are over; whether one begins now
         self.past = self.like.new_zeros(M, K, policy.input_dim - policy.obs_dim)
         if policy.config.history: self.past[..., -1] = 1  # the first step starts an episode
 
@@ -176,23 +176,26 @@ class Rollout:
         for _ in range(steps): self._step(act)
         obs, action, value, *distribution = (torch.stack(x, 2) for x in zip(*self.acted))
         logp = action_log_prob(dict(zip(self.distribution, distribution)), action)
-        reward, terminated, truncated, mask, episode_start = (self._tensor(np.stack(x, 2)) for x in zip(*self.happened))
+        reward, terminated, truncated = (self._tensor(np.stack(x, 2)) for x in zip(*self.happened))
+        over = terminated | truncated
+        mask = over.cumsum(-1) - over.long() < self.episodes  # some episodes were left before the step
         memory_reset = torch.zeros_like(mask)
         memory_reset[..., 0] = True
-        return Trajectories(obs, action, reward, terminated, truncated, mask, episode_start, memory_reset, logp, value)
+        episode_start = memory_reset | over.roll(1, -1)
+        return Trajectories(obs, action, reward, terminated & mask, truncated & mask, mask, episode_start & mask, memory_reset, logp, value)
 
     def _step(self, act):
-        obs, live, begins = self._tensor(self.obs).view(*self.shape, -1), self.left > 0, self.begins
+        obs = self._tensor(self.obs.reshape(*self.shape, -1))
         action, out, self.memory = act(torch.cat([obs, self.past], -1) if self.policy.config.history else obs, self.memory, self.noise[len(self.acted)])
         distribution = [out[k] for k in self.distribution]
         if not isfinite(distribution[0].sum().item()): require_finite('action probabilities', distribution[0], start=self.start)
         self.obs, *happened, _ = self.env.step(self.policy.to_env(action.cpu().numpy().reshape(self.env.num_envs, *action.shape[2:])))
         reward, terminated, truncated = (x.reshape(self.shape) for x in happened)
         over = terminated | truncated
-        self.left = self.left - (over & live)
-        self.begins = over & (self.left > 0)
+        self.ended += over
+        self.begins = over & (self.ended < self.episodes)
         if self.policy.config.history: self.past = history(self.policy, action, self._tensor(reward), self._tensor(self.begins))
-        self.acted.append((obs, action, out['value'], *distribution)), self.happened.append((reward, terminated & live, truncated & live, live, begins))
+        self.acted.append((obs, action, out['value'], *distribution)), self.happened.append((reward, terminated, truncated))
 
     @torch.no_grad()
     def recompute_memory(self,
