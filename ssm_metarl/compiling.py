@@ -19,13 +19,24 @@ from torch.fx import Graph, GraphModule
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 # %% ../nbs/03d_compile.ipynb #03d0009
+def _layer_norm(x, shape, weight, bias, eps):  # what aten.native_layer_norm gives: result, mean, 1 / deviation
+    dims = list(range(-len(shape), 0))
+    mean = x.mean(dims, keepdim=True)
+    rest = x - mean
+    scale = (rest.square().mean(dims, keepdim=True) + eps).rsqrt()
+    y = rest * scale if weight is None else rest * scale * weight
+    return y if bias is None else y + bias, mean, scale
+
+
 def trace(
     f: Callable, # of tensors
     *examples, # tensors with the shapes that it will be called with
 ) -> GraphModule: # the operations that it carries out, those of derivatives too
     "What a function does, as a list of operations. Raises RuntimeError if Python decides by numbers in it."
+    from torch._decomp import get_decompositions
     from torch.fx.experimental.proxy_tensor import make_fx  # seconds to import, so only where compiling is asked for
-    return make_fx(f, tracing_mode='fake')(*examples)
+    parts = get_decompositions([torch.ops.aten.baddbmm]) | {torch.ops.aten.native_layer_norm.default: _layer_norm}
+    return make_fx(f, parts, tracing_mode='fake')(*examples)
 
 
 @contextmanager

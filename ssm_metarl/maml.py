@@ -292,8 +292,9 @@ class MetaMAML(MetaLearner):
             traj = collect(self.policy, params, tasks, self.env, key=(self.step, i), actor=actor)
             require_finite('rewards', traj.reward.masked_fill(~traj.mask, 0))
             pairs.append((traj, judge(vars(traj))))
-            if i < self.config.inner_steps: params = adapt(self.learned, params, vars(traj), pairs[-1][1])
-            require_finite('adapted parameters', *params.values())
+            if i < self.config.inner_steps:
+                params = adapt(self.learned, params, vars(traj), pairs[-1][1])
+                require_finite('adapted parameters', *params.values())
         return pairs, params
 
     def adapted(self,

@@ -98,7 +98,7 @@ def env_seeds(
     start: int, # global index of the first task
 ) -> list: # of M * K integers, task by task
     "Seeds of the environments, from streams of their own."
-    return [int(s) for m in range(M) for s in stream(seed, f'env/{purpose}', *key, start + m).integers(2**31, size=K)]
+    return [s for m in range(M) for s in stream(seed, f'env/{purpose}', *key, start + m).integers(2**31, size=K).tolist()]
 
 # %% ../nbs/03_rollout.ipynb #030029
 def history(
@@ -130,6 +130,7 @@ def require_finite(
     start: int = 0, # index of the first task
 ):
     "Raises FloatingPointError that names the tasks whose numbers are not all finite."
+    if all(isfinite(x.sum().item()) for x in tensors): return  # nearly always; if only a sum overflows, we look again
     ok = torch.stack([x.isfinite().reshape(len(x), -1).all(1) for x in tensors]).all(0)  # [M]
     if not ok.all():
         raise FloatingPointError(f'{what} of tasks {(torch.nonzero(~ok).flatten() + start).tolist()} are not finite; look at these tasks, or lower inner_lr')
@@ -157,7 +158,7 @@ class Rollout:
         self.obs, _ = self.env.reset(seed=env_seeds(M, K, config.seed, purpose, key, start))
         self.memory, self.acted, self.happened = policy.initial_state(M, K), [], []  # of the steps so far, arrays [M, K, ...]
         self.distribution = ('logits',) if policy.discrete else ('mean', 'log_std')
-        self.left, self.begins = np.full((M, K), config.episodes_per_trial), np.ones((M, K), bool)  # episodes before each trajectory; whether one begins now
+        self.episodes, self.ended, self.begins = config.episodes_per_trial, np.zeros((M, K), int), np.ones((M, K), bool)  # episodes of a trial; how many are over; whether one begins now
         self.past = self.like.new_zeros(M, K, policy.input_dim - policy.obs_dim)
         if policy.config.history: self.past[..., -1] = 1  # the first step starts an episode
 
@@ -176,23 +177,26 @@ class Rollout:
         for _ in range(steps): self._step(act)
         obs, action, value, *distribution = (torch.stack(x, 2) for x in zip(*self.acted))
         logp = action_log_prob(dict(zip(self.distribution, distribution)), action)
-        reward, terminated, truncated, mask, episode_start = (self._tensor(np.stack(x, 2)) for x in zip(*self.happened))
+        reward, terminated, truncated = (self._tensor(np.stack(x, 2)) for x in zip(*self.happened))
+        over = terminated | truncated
+        mask = over.cumsum(-1) - over.long() < self.episodes  # some episodes were left before the step
         memory_reset = torch.zeros_like(mask)
         memory_reset[..., 0] = True
-        return Trajectories(obs, action, reward, terminated, truncated, mask, episode_start, memory_reset, logp, value)
+        episode_start = memory_reset | over.roll(1, -1)
+        return Trajectories(obs, action, reward, terminated & mask, truncated & mask, mask, episode_start & mask, memory_reset, logp, value)
 
     def _step(self, act):
-        obs, live, begins = self._tensor(self.obs).view(*self.shape, -1), self.left > 0, self.begins
+        obs = self._tensor(self.obs.reshape(*self.shape, -1))
         action, out, self.memory = act(torch.cat([obs, self.past], -1) if self.policy.config.history else obs, self.memory, self.noise[len(self.acted)])
         distribution = [out[k] for k in self.distribution]
         if not isfinite(distribution[0].sum().item()): require_finite('action probabilities', distribution[0], start=self.start)
         self.obs, *happened, _ = self.env.step(self.policy.to_env(action.cpu().numpy().reshape(self.env.num_envs, *action.shape[2:])))
         reward, terminated, truncated = (x.reshape(self.shape) for x in happened)
         over = terminated | truncated
-        self.left = self.left - (over & live)
-        self.begins = over & (self.left > 0)
+        self.ended += over
+        self.begins = over & (self.ended < self.episodes)
         if self.policy.config.history: self.past = history(self.policy, action, self._tensor(reward), self._tensor(self.begins))
-        self.acted.append((obs, action, out['value'], *distribution)), self.happened.append((reward, terminated & live, truncated & live, live, begins))
+        self.acted.append((obs, action, out['value'], *distribution)), self.happened.append((reward, terminated, truncated))
 
     @torch.no_grad()
     def recompute_memory(self,
@@ -223,13 +227,13 @@ def linear_baseline(
     ridge: float = 1e-5, # regularisation per sample
 ) -> Tensor: # predicted return, [M, K, T], float64; 0 where masked
     "Return as a linear function of (o, o^2, t, t^2, t^3, 1), fitted per task by ridge regression (Duan et al., ICML 2016)."
-    o, outside = traj.obs.double(), ~traj.mask
-    t = (torch.arange(o.shape[2], dtype=o.dtype, device=o.device) / 100).view(1, 1, -1, 1).expand(*o.shape[:3], 1)
-    X = torch.cat([o, o**2, t, t**2, t**3, torch.ones_like(t)], -1).masked_fill(outside.unsqueeze(-1), 0)
-    flat, y = X.flatten(1, 2), returns.double().masked_fill(outside, 0).flatten(1, 2).unsqueeze(-1)
-    penalty = ridge * flat.shape[1] * torch.eye(X.shape[-1], dtype=o.dtype, device=o.device)
-    w = torch.linalg.solve(flat.mT @ flat + penalty, flat.mT @ y)  # [M, F, 1]
-    return (flat @ w).view_as(returns)
+    o, outside = traj.obs.double().movedim(-1, 1), ~traj.mask  # features before steps: [M, O, K, T]
+    t = (torch.arange(o.shape[-1], dtype=o.dtype, device=o.device) / 100).expand_as(o[:, :1])
+    X = torch.cat([o, o**2, t, t**2, t**3, torch.ones_like(t)], 1).masked_fill(outside.unsqueeze(1), 0).flatten(2)  # [M, F, K T]
+    y = returns.double().masked_fill(outside, 0).flatten(1).unsqueeze(-1)
+    penalty = ridge * X.shape[-1] * torch.eye(X.shape[1], dtype=o.dtype, device=o.device)
+    w = torch.linalg.solve(X @ X.mT + penalty, X @ y)  # [M, F, 1]
+    return (w.mT @ X).view_as(returns)
 
 # %% ../nbs/03_rollout.ipynb #030061
 def gae(

@@ -51,11 +51,10 @@ def _check_reset(reset, shape):
 def _loop(a, b, h, reset, out, reverse):  # one step after the other; the states go to out, the last one is returned
     a, b, order = a.unbind(-2), b.unbind(-2), range(b.shape[-2])
     out = [None] * len(b) if out is None else out.unbind(-2)
-    flags = None if reset is None else reset.unsqueeze(-1).unbind(-2)
-    cut = [False] * len(b) if reset is None else reset.reshape(-1, len(b)).any(0).tolist()  # where any sequence restarts
+    cut = [0] * len(b) if reset is None else reset.reshape(-1, len(b)).sum(0).tolist()  # how many sequences restart
     for t in reversed(order) if reverse else order:
         h = torch.addcmul(b[t], a[t % len(a)], h, out=out[t])
-        if cut[t]: torch.where(flags[t], b[t], h, out=h)
+        if cut[t]: torch.where(reset[..., t, None], b[t], h, out=h)
     return h
 
 LOOP_STEPS = 192  # up to here a plain loop is as fast as blocks (measured)
@@ -81,7 +80,9 @@ def _finite(x):  # 0 for what is not: in a poisoned past, which no loss depends 
     return torch.view_as_complex(torch.view_as_real(x.resolve_conj()).nan_to_num(0, 0, 0)) if x.is_complex() else x.nan_to_num(0, 0, 0)
 
 def _clean(x, reset):  # also 0 where a reset cut
-    return x if reset is None else _finite(x.masked_fill(reset.unsqueeze(-1), 0))
+    if reset is None: return x
+    if x.is_complex(): return torch.view_as_complex(_clean(torch.view_as_real(x.resolve_conj()), reset.unsqueeze(-1)))
+    return _finite(x.masked_fill(reset.unsqueeze(-1), 0))
 
 def _states(a: Tensor, b: Tensor, h0: Tensor | None, reset: Tensor | None, reverse: bool) -> Tensor:  # a [..., T or 1, N], b [..., T, N], h0 [..., N] (None in reverse), reset [..., T]
     out = torch.empty(b.shape, dtype=b.dtype, device=b.device)
