@@ -85,7 +85,8 @@ def test_memory_lasts_over_episodes_and_not_over_trials(core):
     inputs = policy_inputs(learner.policy, traj)
     logits, cut = (replay(learner, inputs, reset)['logits'] for reset in (traj.memory_reset, traj.episode_start))
     torch.testing.assert_close(cut[..., :3, :], logits[..., :3, :], rtol=0, atol=1e-12)
-    assert (cut[..., 3:, :] - logits[..., 3:, :]).abs().amax((-2, -1)).min() > 1e-9  # in each trial
+    gap = (cut[..., 3:, :] - logits[..., 3:, :]).abs().amax(-1)
+    assert (gap.amax(-1) if core == 'h3' else gap).min() > 1e-9  # in each step; H3 reads nothing where a tiny encoder gives 0, so in each trial
     for m in range(M):  # all trials of a task as one sequence
         glued = replay(learner, inputs[m].flatten(0, 1)[None], traj.memory_reset[m].flatten()[None])['logits']
         torch.testing.assert_close(glued.view(logits[m].shape), logits[m], rtol=0, atol=1e-12)
