@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['LOOP_STEPS', 'INITS', 'REAL_INITS', 'DISCRETISATIONS', 'hippo_legs', 'phi1', 'scan', 'legs_eigenvalues',
-           'lru_eigenvalues', 's4d_eigenvalues', 'SSMConfig', 'initial_modes', 'linear', 'product', 'between',
-           'to_real', 'Discretised', 'eigenvalues', 'step_factors', 'discretise', 'initial_parameters', 'write_npz',
-           'read_npz', 'Persistent', 'SSM']
+           'lru_eigenvalues', 's4d_eigenvalues', 'plain_numbers', 'SSMConfig', 'initial_modes', 'linear', 'product',
+           'between', 'to_real', 'Discretised', 'eigenvalues', 'step_factors', 'discretise', 'initial_parameters',
+           'write_npz', 'read_npz', 'Persistent', 'SSM']
 
 # %% ../nbs/00_ssm.ipynb #000003
 import json
 import os
 import tempfile
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -185,6 +185,17 @@ def s4d_eigenvalues(
     n, N = np.arange(P), 2 * P
     return {'lin': -0.5 + 1j * np.pi * n, 'inv': -0.5 + 1j * N / np.pi * (N / (2 * n + 1) - 1), 'real': -(n + 1.)}[kind]
 
+# %% ../nbs/00_ssm.ipynb #000040b
+def plain_numbers(
+    config, # a dataclass, also a frozen one
+) -> None:
+    "Replace NumPy's numbers in a config's fields, and in dicts there, by Python's: the config can then be written as JSON. Raises ValueError for an array."
+    def plain(name, value):
+        if isinstance(value, dict): return {k: plain(f'{name}[{k!r}]', v) for k, v in value.items()}
+        if isinstance(value, (np.ndarray, Tensor)): raise ValueError(f'{name} is an array of shape {tuple(value.shape)}; give plain numbers')
+        return value.item() if isinstance(value, np.generic) else value
+    for f in fields(config): object.__setattr__(config, f.name, plain(f.name, getattr(config, f.name)))
+
 # %% ../nbs/00_ssm.ipynb #000041
 INITS = ('lru', 'legs', 's4d-lin', 's4d-inv', 's4d-real', 'real')
 REAL_INITS = ('s4d-real', 'real')  # without frequencies: N real modes instead of N / 2 conjugate pairs
@@ -203,6 +214,7 @@ class SSMConfig:
     feedthrough: str = 'full' # D: 'full' (a matrix), or 'diagonal' (each feature to itself, as in S4 and S5; needs output_dim = input_dim)
 
     def __post_init__(self):
+        plain_numbers(self)
         if self.output_dim is None: object.__setattr__(self, 'output_dim', self.input_dim)
         for name in ('input_dim', 'state_dim', 'output_dim'):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
