@@ -72,10 +72,11 @@ class GymnasiumBatch(EnvBatch):
     def __init__(self,
                  config: EnvConfig, # family, N = num_envs, time limit, seed
                  tasks: list = None, # N records; None: the first training tasks
-                 autoreset_mode: AutoresetMode = AutoresetMode.DISABLED): # or SAME_STEP
+                 autoreset_mode: AutoresetMode = AutoresetMode.DISABLED, # or SAME_STEP, NEXT_STEP
+                 **how): # further arguments of `EnvBatch`, such as freeze=True
         if not isinstance(config.family, GymnasiumFamily): raise TypeError(f'{config.env_name!r} is not a GymnasiumFamily; EnvBatch makes the right kind of batch by itself')
         self.changed = np.zeros(config.num_envs, bool)  # whose task is not yet in its environment
-        super().__init__(config, tasks, autoreset_mode)
+        super().__init__(config, tasks, autoreset_mode, **how)
         kind, self.calls = (type(self.family), repr(sorted(config.options.items())), self.num_envs), {'sound': True}
         make = AsyncVectorEnv if self.family.parallel else SyncVectorEnv
         self.envs = WAITING.pop(kind, None) or make([self.family.make_env] * self.num_envs, autoreset_mode=AutoresetMode.DISABLED)
