@@ -27,6 +27,8 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from .drawing import Canvas
+
 # %% ../nbs/02_envs.ipynb #020014
 class Family:
     "A family of environments that differ in their task: subclass it to bring your own. N environments at once, row i of every array belongs to environment i."
@@ -174,6 +176,7 @@ class PointNavigation(Family):
     observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
     action_space = spaces.Box(-0.1, 0.1, (2,), np.float32)
     ood_splits = {'far': {'goal': ([-1, -1], [1, 1])}}
+    render_fps = 20
 
     def __init__(self,
                  rotation: float = 0., # largest hidden angle by which actions are turned, in radians
@@ -197,6 +200,15 @@ class PointNavigation(Family):
         if 'rotation' not in tasks: return move
         c, s = np.cos(tasks['rotation']), sense * np.sin(tasks['rotation'])
         return np.stack([c * move[:, 0] - s * move[:, 1], s * move[:, 0] + c * move[:, 1]], -1)
+
+    def picture(self, state, task, action):  # start grey, goal green, point blue; a point that leaves the picture is drawn at its edge
+        canvas = Canvas(400, 400, scale=160)
+        canvas.line([(-.5, -.5), (.5, -.5), (.5, .5), (-.5, .5), (-.5, -.5)], (187, 187, 187))  # where goals are drawn from
+        canvas.disc((0, 0), .02, (120, 120, 120))
+        green, white = (0, 158, 115), (255, 255, 255)
+        for radius, colour in ((.05, green), (.035, white), (.02, green)): canvas.disc(task['goal'], radius, colour)
+        canvas.disc(np.clip(state, -1.22, 1.22), .03, (0, 114, 178))
+        return canvas.array()
 
 # %% ../nbs/02_envs.ipynb #020024
 def stream(
