@@ -14,6 +14,7 @@ from numbers import Integral
 
 import numpy as np
 from gymnasium import spaces
+from gymnasium.vector import AutoresetMode
 from scipy.special import ndtri
 from scipy.stats import binom
 
@@ -288,7 +289,7 @@ def play_plan(
 ) -> tuple: # states [N, H + 1], actions [N, H], rewards [N, H]
     "One episode in each MDP. Raises ValueError for environments that start again by themselves, or a plan that is longer than an episode."
     rows, horizon = np.arange(env.num_envs), plan.shape[1]
-    if env.restarts: raise ValueError(f"autoreset_mode={env.metadata['autoreset_mode']} would show the next episode's start in place of the last state; make the batch with AutoresetMode.DISABLED")
+    if env.autoreset_mode != AutoresetMode.DISABLED: raise ValueError(f"autoreset_mode={env.autoreset_mode} would show the next episode's start in place of the last state; make the batch with AutoresetMode.DISABLED")
     if horizon > env.family.horizon: raise ValueError(f'the plan has {horizon} steps, but an episode is over after {env.family.horizon}; give a plan of shape [N, H, S] with H <= {env.family.horizon}')
     if env.config.time_limit < horizon: raise ValueError(f'time_limit={env.config.time_limit} would cut an episode of {horizon} steps; raise it')
     states, actions, rewards = np.zeros((len(rows), horizon + 1), int), np.zeros((len(rows), horizon), int), np.zeros((len(rows), horizon))
@@ -340,7 +341,7 @@ def myopic(
     prior_mean: float = 1., # of the mean rewards; 1 is that of `TabularMDP`
 ) -> np.ndarray: # return of each episode, [N, episodes]
     "In each state the action with the highest posterior mean of the reward, plus a bonus for what is uncertain: neither plan nor sample. Raises ValueError for environments that start again by themselves, or cut episodes."
-    if env.restarts: raise ValueError(f"autoreset_mode={env.metadata['autoreset_mode']} would start episodes by itself; make the batch with AutoresetMode.DISABLED")
+    if env.autoreset_mode != AutoresetMode.DISABLED: raise ValueError(f"autoreset_mode={env.autoreset_mode} would start episodes by itself; make the batch with AutoresetMode.DISABLED")
     if env.config.time_limit < env.family.horizon: raise ValueError(f'time_limit={env.config.time_limit} would cut an episode of {env.family.horizon} steps; raise it')
     family, rows = env.family, np.arange(env.num_envs)
     paid, seen = np.zeros((2, env.num_envs, family.states, family.actions))

@@ -10,6 +10,7 @@ import numpy as np
 from gymnasium import spaces
 from scipy.special import ndtri
 
+from .drawing import Canvas
 from .envs import Family, check_rows, register_family
 
 # %% ../nbs/02c_control.ipynb #02c0013
@@ -91,7 +92,7 @@ class CartPole(Mechanism):
     observation_space, action_space, reset_noise = spaces.Box(-np.inf, np.inf, (4,), np.float32), spaces.Discrete(2), 4
     physics = {'gravity': (9.8, 7, 13), 'cart_mass': (1, 0.5, 2), 'pole_mass': (0.1, 0.05, 0.3), 'length': (0.5, 0.25, 1), 'force': (10, 5, 15), 'friction': (0, 0, 0.5)}
     ood_splits = {'long-pole': {'length': (1, 2)}, 'strong-gravity': {'gravity': (13, 20)}, 'sticky-track': {'friction': (0.5, 3)}}
-    motor = 'force'
+    motor, render_fps = 'force', 50
     farthest, steepest, half, tenth = (np.array(x, np.float32) for x in (2.4, 12 * np.pi / 180, 0.5, 10))
     haste = 2. # p: how fast the oracle gets things right, in 1/s
 
@@ -133,6 +134,16 @@ class CartPole(Mechanism):
         (x, v, theta, omega), p = variables[:4], self.haste
         return p**3 * (x + k * theta) + 3 * p**2 * (v + k * omega) + 3 * p * g * theta + g * omega
 
+    def picture(self, state, task, action):  # as in Gymnasium: 125 pixels for a metre, the track 100 pixels above the lower edge
+        x, theta, top = state[0], state[2], 2 * task['length'] - .04
+        along, across = np.array([np.sin(theta), np.cos(theta)]), np.array([np.cos(theta), -np.sin(theta)])
+        axle, canvas = np.array([x, .06]), Canvas(600, 400, scale=125, centre=(0, .8))
+        canvas.shape([(x + .2 * i, .12 * j) for i, j in ((-1, -1), (-1, 1), (1, 1), (1, -1))], (0, 0, 0))
+        canvas.shape([axle + .04 * side * across + end * along for side, end in ((-1, -.04), (-1, top), (1, top), (1, -.04))], (202, 152, 101))
+        canvas.disc(axle, .04, (129, 132, 203))
+        canvas.line([(-3, 0), (3, 0)], (0, 0, 0))
+        return canvas.array()
+
 # %% ../nbs/02c_control.ipynb #02c0048
 @register_family('MetaPendulum-v0')
 class Pendulum(Mechanism):
@@ -140,7 +151,7 @@ class Pendulum(Mechanism):
     observation_space, action_space, reset_noise = spaces.Box(-np.inf, np.inf, (3,), np.float32), spaces.Box(-2, 2, (1,), np.float32), 2
     physics = {'gravity': (10, 8, 12), 'mass': (1, 0.7, 1.3), 'length': (1, 0.8, 1.2), 'gain': (1, 0.8, 1.2), 'friction': (0, 0, 0.1)}
     ood_splits = {'long-rod': {'length': (1.2, 1.5)}, 'strong-gravity': {'gravity': (12, 15)}, 'sticky-hinge': {'friction': (0.1, 0.2)}}
-    motor = 'gain'
+    motor, render_fps = 'gain', 20
     dt = np.array(0.05, np.float32)
 
     def prepare(self, tasks):
@@ -172,3 +183,20 @@ class Pendulum(Mechanism):
         hold = -2 * root * (root * theta + omega) / tasks['mobility']
         torque = np.where(np.abs(hold) < strongest, hold, pump) + tasks['friction'] * omega
         return np.clip(torque / tasks['gain'], -2, 2)[:, None]
+
+    def picture(self, state, task, action):  # as in Gymnasium: 4.4 m wide, the rod turns counter-clockwise; an arc shows the torque that was asked for
+        theta, canvas = state[0] + np.pi / 2, Canvas(500, 500, scale=500 / 4.4)
+        along, across, red = np.array([np.cos(theta), np.sin(theta)]), np.array([-np.sin(theta), np.cos(theta)]), (204, 77, 77)
+        end = task['length'] * along
+        canvas.shape([side * .1 * across + place for side, place in ((-1, 0 * end), (1, 0 * end), (1, end), (-1, end))], red)
+        for place in (0 * end, end): canvas.disc(place, .1, red)
+        if action is not None: self._draw_torque(canvas, float(np.clip(action[0], -2, 2)))
+        canvas.disc((0, 0), .05, (0, 0, 0))
+        return canvas.array()
+
+    def _draw_torque(self, canvas, torque):  # an arc of up to three quarters of a circle, with a head
+        angle = np.linspace(0, torque / 2 * 1.5 * np.pi, 60)
+        arc = np.stack([np.cos(angle), np.sin(angle)], -1)
+        canvas.line(.4 * arc, (40, 40, 40), width=4)
+        tip = np.sign(torque) * .12 * np.array([-arc[-1, 1], arc[-1, 0]])
+        canvas.shape([.32 * arc[-1], .48 * arc[-1], .4 * arc[-1] + tip], (40, 40, 40))

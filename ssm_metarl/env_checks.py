@@ -6,14 +6,15 @@
 __all__ = ['play_on', 'check_same', 'check_returns', 'check_partial_reset', 'check_vector_env', 'check_family']
 
 # %% ../nbs/02a_own_env.ipynb #02a0003
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from .envs import AUTORESET_MODES, EnvBatch, EnvConfig
+from .envs import EnvBatch, EnvConfig, TaskEnv
 
 # %% ../nbs/02a_own_env.ipynb #02a0012
 def play_on(
@@ -22,7 +23,7 @@ def play_on(
     seed = None, # of the reset
     spoil: bool = False, # overwrite each returned array, after it was copied
 ) -> tuple: # observations [T + 1, N, ...], rewards [T, N], terminated [T, N], truncated [T, N]; copies
-    "Actions chosen beforehand, over as many episodes as it takes: where autoreset is disabled, who has finished is reset."
+    "Actions chosen beforehand, over as many episodes as it takes: where autoreset is disabled, who has finished is reset. (In mode NEXT_STEP the step after an end is no real one.)"
     def kept(*arrays):
         copies = [np.array(x) for x in arrays]
         if spoil: [x.fill(1) for x in arrays]
@@ -72,15 +73,16 @@ def check_returns(
             kept.append((x, x.copy()))
         one(np.isfinite(reward).all(), f'rewards of environments {np.flatnonzero(~np.isfinite(reward)).tolist()} are not finite')
         over = terminated | truncated
+        if mode == AutoresetMode.NEXT_STEP: one(not (reward[fresh].any() or over[fresh].any()), f'the step after an end gave environments {np.flatnonzero(fresh & (over | (reward != 0))).tolist()} a reward or another end; in mode NEXT_STEP it only resets')
         resets, alive, fresh = resets + over.sum(), alive + (fresh & ~over).sum(), over
         if over.any() and mode == AutoresetMode.DISABLED: seen(env.reset(options={'reset_mask': over})[0], 'observations after a reset')
         if over.any() and mode == AutoresetMode.SAME_STEP:
-            one('final_obs' in info and (info['_final_obs'] == over).all(), "episodes ended, and info has no 'final_obs' with the mask '_final_obs' of those")
+            for name in ('final_obs', 'final_info'): one(name in info and (info[f'_{name}'] == over).all(), f"episodes ended, and info has no '{name}' with the mask '_{name}' of those")
             one(all(info['final_obs'][i] in env.single_observation_space for i in np.flatnonzero(over)), "'final_obs' is not in the observation space")
-            kept.append((info['final_obs'], np.array(info['final_obs'])))
+            kept.append((info['final_obs'], copy.deepcopy(info['final_obs'])))
     one(resets, f'no episode ended in {len(actions)} steps; give a shorter time limit, or check more steps')
     one(alive, 'what was over is over again after the next step, each time: a reset starts no new episode (or episodes have one step; give a longer time limit)')
-    one(all(np.array_equal(x, copy, equal_nan=True) for x, copy in kept if x.dtype != object), 'an array that was returned is overwritten later; return a new one each time')
+    one(all(a is b or np.array_equal(a, b, equal_nan=True) for x, before in kept for a, b in zip(x, before)), 'an array that was returned is overwritten later; return a new one each time')
 
 # %% ../nbs/02a_own_env.ipynb #02a0018
 def check_partial_reset(
@@ -93,8 +95,10 @@ def check_partial_reset(
     others = lambda *arrays: [np.where(first.reshape(-1, *[1] * (x.ndim - 1)), 0, x)[None] for x in arrays]  # without environment 0
     for e in (env, twin): e.reset(seed=7)
     env.step(actions[0])
-    before = twin.step(actions[0])[0]
-    check_same(others(env.reset(options={'reset_mask': first})[0]), others(before), 'when only another one is reset')
+    before, _, terminated, truncated, _ = twin.step(actions[0])
+    ends = (terminated | truncated) & (env.metadata['autoreset_mode'] == AutoresetMode.DISABLED)  # these have to be reset
+    if ends.any(): before, _ = twin.reset(options={'reset_mask': ends})
+    check_same(others(env.reset(options={'reset_mask': first | ends})[0]), others(before), 'when only another one is reset')
     for a in actions[1:]:
         ours, theirs = env.step(a)[:4], twin.step(a)[:4]
         check_same(others(*ours), others(*theirs), 'when only another one is reset')
@@ -135,15 +139,16 @@ def check_family(
     steps: int = 60, # of random actions
     **options, # of the family
 ) -> None:
-    "Check both kinds of batch of a family, one against the other, and each environment alone with its task. Raises ValueError for a broken promise."
-    config = EnvConfig(env_name, num_envs, max(steps // 4, 2), options=options)
-    modes = {mode: lambda n, mode=mode: EnvBatch(replace(config, num_envs=n), autoreset_mode=mode) for mode in AUTORESET_MODES}
-    for make in modes.values(): check_vector_env(make, num_envs, steps)
-    batches = [make(num_envs) for make in modes.values()]
-    batches[0].action_space.seed(0)
-    actions = np.stack([batches[0].action_space.sample() for _ in range(steps)])
-    together, restarted = (play_on(env, actions, seed=0) for env in batches)
-    check_same(together, restarted, 'with the autoreset mode')
-    batches += [EnvBatch(replace(config, num_envs=1), [task]) for task in batches[0].get_tasks()]
-    for i, env in enumerate(batches[2:]): check_same([x[:, i:i + 1] for x in together], play_on(env, actions[:, i:i + 1], seed=i), 'when it is played alone: keep the rows of all arrays apart')
-    for env in batches: env.close()
+    "Check a family's batch in all autoreset modes, against itself and against Gymnasium's loop over single environments. Raises ValueError for a broken promise."
+    config, runs = EnvConfig(env_name, num_envs, max(steps // 4, 2), options=options), {}
+    for mode in AutoresetMode:
+        make = lambda n, mode=mode: EnvBatch(replace(config, num_envs=n), autoreset_mode=mode)
+        check_vector_env(make, num_envs, steps)
+        batch = make(num_envs)
+        singles = [lambda task=task: TaskEnv(config, task) for task in batch.get_tasks()]
+        batch.action_space.seed(0)
+        actions = np.stack([batch.action_space.sample() for _ in range(steps)])
+        runs[mode], alone = (play_on(env, actions, seed=0) for env in (batch, SyncVectorEnv(singles, autoreset_mode=mode)))
+        check_same(runs[mode], alone, f'when it is played alone, in mode {mode.name}: keep the rows of all arrays apart')
+        batch.close()
+    check_same(runs[AutoresetMode.DISABLED], runs[AutoresetMode.SAME_STEP], 'with the autoreset mode')

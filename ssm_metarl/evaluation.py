@@ -27,7 +27,7 @@ def play(
 ) -> np.ndarray: # return of one episode (or trial) per task, [M]
     "Let a scripted player act where a policy would, in the very episodes that policies are evaluated in."
     mode = AutoresetMode.SAME_STEP if config.episodes_per_trial > 1 else AutoresetMode.DISABLED
-    env, total, left = EnvBatch(replace(config, num_envs=len(tasks)), tasks, mode), np.zeros(len(tasks)), np.full(len(tasks), config.episodes_per_trial)
+    env, total, left = EnvBatch(replace(config, num_envs=len(tasks)), tasks, mode, freeze=mode == AutoresetMode.DISABLED), np.zeros(len(tasks)), np.full(len(tasks), config.episodes_per_trial)
     env.reset(seed=env_seeds(len(tasks), 1, config.seed, 'evaluation', (), start))
     for t in range(config.trial_length):
         _, reward, terminated, truncated, _ = env.step(player(env, t))

@@ -15,7 +15,7 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
-from .envs import EnvBatch, EnvConfig, Family, register_family, splitmix64
+from .envs import BatchMember, EnvBatch, EnvConfig, Family, register_family, splitmix64
 
 # %% ../nbs/02d_gymnasium_envs.ipynb #02d0009
 class TaskWrapper(gym.Wrapper):
@@ -56,11 +56,11 @@ MAX_WAITING = 4  # kinds, so that batches of ever new sizes do not fill the memo
 def put_aside(
     kind: tuple, # key of `WAITING`
     envs: gym.vector.VectorEnv, # environments that nobody needs for the moment
-    state: dict, # 'sound': whether all calls came back
+    state: dict, # 'sound': whether all calls came back; 'changed': whether somebody set attributes by hand
 ) -> None:
     "Keep environments for the next batch of this kind; close those that waited before or for too long, and those that failed."
     unwanted = [WAITING.pop(kind)] if kind in WAITING else []
-    if state['sound']: WAITING[kind] = envs
+    if state['sound'] and not state['changed']: WAITING[kind] = envs
     else: unwanted.append(envs)
     while len(WAITING) > MAX_WAITING: unwanted.append(WAITING.pop(next(iter(WAITING))))  # the one that waited longest
     for old in unwanted: old.close(**({'terminate': True} if isinstance(old, AsyncVectorEnv) else {}))
@@ -72,11 +72,13 @@ class GymnasiumBatch(EnvBatch):
     def __init__(self,
                  config: EnvConfig, # family, N = num_envs, time limit, seed
                  tasks: list = None, # N records; None: the first training tasks
-                 autoreset_mode: AutoresetMode = AutoresetMode.DISABLED): # or SAME_STEP
+                 autoreset_mode: AutoresetMode = AutoresetMode.DISABLED, # or SAME_STEP, NEXT_STEP
+                 **how): # further arguments of `EnvBatch`, such as freeze=True
         if not isinstance(config.family, GymnasiumFamily): raise TypeError(f'{config.env_name!r} is not a GymnasiumFamily; EnvBatch makes the right kind of batch by itself')
         self.changed = np.zeros(config.num_envs, bool)  # whose task is not yet in its environment
-        super().__init__(config, tasks, autoreset_mode)
-        kind, self.calls = (type(self.family), repr(sorted(config.options.items())), self.num_envs), {'sound': True}
+        super().__init__(config, tasks, autoreset_mode, **how)
+        kind, self.calls = (type(self.family), repr(sorted(config.options.items())), self.num_envs, self.render_mode), {'sound': True, 'changed': False}
+        self.family.render_mode = self.render_mode
         make = AsyncVectorEnv if self.family.parallel else SyncVectorEnv
         self.envs = WAITING.pop(kind, None) or make([self.family.make_env] * self.num_envs, autoreset_mode=AutoresetMode.DISABLED)
         self.leave = weakref.finalize(self, put_aside, kind, self.envs, self.calls)
@@ -106,6 +108,23 @@ class GymnasiumBatch(EnvBatch):
         obs, reward, _, _, info = self._call('step', actions)
         return obs.astype(np.float32), reward, np.array(info['terminated']), np.array(info['truncated'])
 
+    def call(self, name: str, *args, **kwargs) -> tuple: # N results
+        "Call a method of each environment, or get an attribute: ours (see `BatchMember`), or else one of the Gymnasium environment."
+        if name in BatchMember.names(): return super().call(name, *args, **kwargs)
+        self._check_open()
+        return self._call('call', name, *args, **kwargs)
+
+    def set_attr(self, name: str, values) -> None: # a list of N, or one value for all
+        "Set `task`, or an attribute of the Gymnasium environments; these then serve no other batch."
+        if name == 'task': return super().set_attr(name, values)
+        self._check_open()
+        self.calls['changed'] = True
+        self._call('set_attr', name, values)
+
+    def _pictures(self, rows):
+        frames = self._call('call', 'render')
+        return [frames[i] for i in rows]
+
     def close_extras(self, **kwargs):
         self.leave.detach()
         self.envs.close(**kwargs)
@@ -116,25 +135,27 @@ class GymnasiumFamily(Family):
     env_id: str # of the environment, such as 'CartPole-v1'
     make_options: dict = {} # further arguments of `gymnasium.make`
     attributes: dict = {} # task field -> path of the attribute that it sets, such as 'unwrapped.length'
+    render_mode: str = None # of its environments; a batch sets it
     batch = GymnasiumBatch
 
     def __init__(self,
                  parallel: bool = False): # a process for each environment, instead of one for all
         self.parallel = parallel
         if 'found_spaces' not in type(self).__dict__: type(self).found_spaces = self.find_spaces()  # once: making an environment takes long
-        self.observation_space, self.action_space = self.found_spaces
+        self.observation_space, self.action_space, self.render_fps = self.found_spaces
 
-    def find_spaces(self) -> tuple: # of observations and actions
-        "Spaces of one environment, with observations in float32."
+    def find_spaces(self) -> tuple: # of observations and actions, and pictures per second
+        "Spaces of one environment, with observations in float32; 0 pictures where it draws none."
         env = self.make_env()
-        space, actions = env.observation_space, env.action_space
+        space, actions, fps = env.observation_space, env.action_space, env.metadata.get('render_fps', 30) if 'rgb_array' in env.metadata.get('render_modes', []) else 0
         env.close()
         if not isinstance(actions, (spaces.Discrete, spaces.Box)): raise ValueError(f'{self.env_id} has actions in {actions}; only Discrete and Box are possible')
-        return spaces.Box(space.low.astype(np.float32), space.high.astype(np.float32), dtype=np.float32), actions
+        return spaces.Box(space.low.astype(np.float32), space.high.astype(np.float32), dtype=np.float32), actions, fps
 
     def make_env(self) -> gym.Env:
         "One environment, with vectors as observations."
-        env = gym.make(self.env_id, max_episode_steps=-1, disable_env_checker=True, **self.make_options)
+        options = self.make_options | ({'render_mode': self.render_mode} if self.render_mode else {})
+        env = gym.make(self.env_id, max_episode_steps=-1, disable_env_checker=True, **options)
         if not isinstance(env.observation_space, spaces.Box) or len(env.observation_space.shape) != 1: env = gym.wrappers.FlattenObservation(env)
         return TaskWrapper(env, self)
 

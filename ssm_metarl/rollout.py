@@ -152,7 +152,7 @@ class Rollout:
         M, K = self.shape = len(tasks), config.num_envs
         self.policy, self.actor, self.like, self.length, self.start = policy, actor or policy.actor, next(policy.parameters()), config.trial_length, start
         mode = AutoresetMode.SAME_STEP if config.episodes_per_trial > 1 else AutoresetMode.DISABLED
-        self.env = EnvBatch(replace(config, num_envs=M * K), [task for task in tasks for _ in range(K)], mode)
+        self.env = EnvBatch(replace(config, num_envs=M * K), [task for task in tasks for _ in range(K)], mode, freeze=mode == AutoresetMode.DISABLED)
         noise = None if deterministic else self._tensor(action_noise(policy, M, K, self.length, config.seed, purpose, key, start))
         self.noise = [None] * self.length if deterministic else noise.movedim(2, 0).contiguous()  # [T, M, K, A]
         self.obs, _ = self.env.reset(seed=env_seeds(M, K, config.seed, purpose, key, start))

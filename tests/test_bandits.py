@@ -61,13 +61,13 @@ def test_first_environment_is_the_same_alone(family, seed, n):
     name, options = family
     many, one = (EnvConfig(name, k, 7, seed, options) for k in (n, 1))
     tasks, actions = sample_tasks(many, n), stream(seed, 'test').integers(many.family.action_space.n, size=(12, n))
-    for mode in (AutoresetMode.DISABLED, AutoresetMode.SAME_STEP):
-        for x, y in zip(play_actions(EnvBatch(many, tasks, mode), actions), play_actions(EnvBatch(one, tasks[:1], mode), actions[:, :1]), strict=True):
+    for mode, freeze in ((AutoresetMode.DISABLED, True), (AutoresetMode.SAME_STEP, False), (AutoresetMode.NEXT_STEP, False)):
+        for x, y in zip(play_actions(EnvBatch(many, tasks, mode, freeze), actions), play_actions(EnvBatch(one, tasks[:1], mode, freeze), actions[:, :1]), strict=True):
             np.testing.assert_array_equal(x[:, :1], y, strict=True)
 
 
 def test_bandit_never_ends_but_by_its_limit():
-    _, rewards, terminated, truncated = play_actions(EnvBatch(EnvConfig(BANDIT, 50, 30)), stream(0, 'test').integers(5, size=(33, 50)))
+    _, rewards, terminated, truncated = play_actions(EnvBatch(EnvConfig(BANDIT, 50, 30), freeze=True), stream(0, 'test').integers(5, size=(33, 50)))
     assert not terminated.any() and not truncated[:29].any() and truncated[29:].all() and not rewards[30:].any()
     assert set(np.unique(rewards)) == {0., 1.}
 
@@ -78,9 +78,9 @@ def test_mdp_terminates_at_its_horizon_and_starts_in_state_0():
     obs, _, terminated, truncated = play_actions(env, stream(0, 'test').integers(5, size=(18, 40)))
     assert not truncated.any() and (terminated == (np.arange(1, 19) % 6 == 0)[:, None]).all()
     assert (obs[::6].argmax(-1) == 0).all() and (obs[3].argmax(-1) != 0).any() and (obs.sum(-1) == 1).all()
-    obs, rewards, terminated, _ = play_actions(EnvBatch(config), stream(0, 'test').integers(5, size=(9, 40)))
+    obs, rewards, terminated, _ = play_actions(EnvBatch(config, freeze=True), stream(0, 'test').integers(5, size=(9, 40)))
     assert terminated[5:].all() and not terminated[:5].any() and not rewards[6:].any()  # frozen
-    frozen = EnvBatch(config)
+    frozen = EnvBatch(config, freeze=True)
     play_actions(frozen, np.zeros((9, 40), int))
     assert frozen.family.oracle(frozen.state, frozen.tasks).shape == (40,)  # also after the end
 

@@ -118,7 +118,7 @@ def test_lock_step_with_gymnasium(name, usual):
     config = EnvConfig(name, num_envs=20, time_limit=500)
     default = config.family.default_task()
     tasks = [default if usual else task | {'friction': np.float32(0)} for task in sample_tasks(config, 20)]
-    ours, theirs = EnvBatch(config, tasks), [as_gymnasium(name, task) for task in tasks]
+    ours, theirs = EnvBatch(config, tasks, freeze=True), [as_gymnasium(name, task) for task in tasks]
     ours.reset()
     for env, state in zip(theirs, ours.state): env.state = state.astype(float)
     alive = np.ones(20, bool)
@@ -143,7 +143,7 @@ def test_whole_cartpole_episodes_with_gymnasium():
     ours = EnvBatch(config, [task] * N)
     ours.reset()
     starts = np.array(ours.state)
-    obs, _, terminated, _ = play_actions(EnvBatch(config, [task] * N), actions)
+    obs, _, terminated, _ = play_actions(EnvBatch(config, [task] * N, freeze=True), actions)
     env = as_gymnasium('MetaCartPole-v0', task)
     for i in range(N):
         env.reset()
@@ -174,8 +174,8 @@ def test_rows_do_not_depend_on_the_batch(name, options, N, seed, data):
     rows = data.draw(st.lists(st.integers(0, N - 1), min_size=1, max_size=N, unique=True))
     config = EnvConfig(name, N, time_limit=15, options=options)
     tasks, actions, keys = sample_tasks(config, N), random_actions(name, (20, N), seed), [seed + 7 * i for i in range(N)]
-    together = play_actions(EnvBatch(config, tasks), actions, keys)
-    some = play_actions(EnvBatch(replace(config, num_envs=len(rows)), [tasks[i] for i in rows]), actions[:, rows], [keys[i] for i in rows])
+    together = play_actions(EnvBatch(config, tasks, freeze=True), actions, keys)
+    some = play_actions(EnvBatch(replace(config, num_envs=len(rows)), [tasks[i] for i in rows], freeze=True), actions[:, rows], [keys[i] for i in rows])
     assert_same([x[:, rows] for x in together], some)
 
 
@@ -196,17 +196,17 @@ def test_sensors_change_what_is_seen_and_nothing_else(name, options, seed):
     config = EnvConfig(name, 5, time_limit=30)
     poor, actions = replace(config, options=options), random_actions(name, (30, 5), seed)
     tasks = sample_tasks(poor, 5)
-    clear = play_actions(EnvBatch(config, [{k: v for k, v in task.items() if k != 'bias'} for task in tasks]), actions, seed)
-    blurred = play_actions(EnvBatch(poor, tasks), actions, seed)
+    clear = play_actions(EnvBatch(config, [{k: v for k, v in task.items() if k != 'bias'} for task in tasks], freeze=True), actions, seed)
+    blurred = play_actions(EnvBatch(poor, tasks, freeze=True), actions, seed)
     assert_same(clear[1:], blurred[1:])
     assert (clear[0] != blurred[0]).mean() > .9
 
 
-@pytest.mark.parametrize('mode', [AutoresetMode.DISABLED, AutoresetMode.SAME_STEP])
+@pytest.mark.parametrize('mode', list(AutoresetMode))
 @pytest.mark.parametrize('name', NAMES)
 def test_each_variable_stays_in_one_piece_of_memory(name, mode):
     "Otherwise all is right, and slow."
-    env = EnvBatch(EnvConfig(name, 30, time_limit=10), autoreset_mode=mode)
+    env = EnvBatch(EnvConfig(name, 30, time_limit=10), autoreset_mode=mode, freeze=mode == AutoresetMode.DISABLED)
     env.reset()
     for action in random_actions(name, (25, 30), 0):
         assert env.state.T.flags.c_contiguous and env.state.dtype == np.float32
@@ -313,7 +313,7 @@ def test_torques_of_any_kind_of_number(dtype):
 # Players
 
 def returns(name, player, tasks, T, **options):
-    env, total = EnvBatch(EnvConfig(name, len(tasks), T, options=options), tasks), 0
+    env, total = EnvBatch(EnvConfig(name, len(tasks), T, options=options), tasks, freeze=True), 0
     env.reset()
     for action in random_actions(name, (T, len(tasks)), 0): total = total + env.step(action if player == 'random' else getattr(env.family, player)(env.state, env.tasks))[1]
     return total

@@ -66,8 +66,8 @@ def test_rows_do_not_depend_on_the_batch(name, N, seed, data):
     rows = data.draw(st.lists(st.integers(0, N - 1), min_size=1, max_size=N, unique=True))
     config = EnvConfig(name, N, time_limit=6, seed=3)
     tasks, actions, keys = sample_tasks(config, N), random_actions(config, 8, seed), [seed + 11 * i for i in range(N)]
-    together = play_actions(EnvBatch(config, tasks), actions, keys)
-    some = play_actions(EnvBatch(replace(config, num_envs=len(rows)), [tasks[i] for i in rows]), actions[:, rows], [keys[i] for i in rows])
+    together = play_actions(EnvBatch(config, tasks, freeze=True), actions, keys)
+    some = play_actions(EnvBatch(replace(config, num_envs=len(rows)), [tasks[i] for i in rows], freeze=True), actions[:, rows], [keys[i] for i in rows])
     assert_same([x[:, rows] for x in together], some)
 
 
@@ -77,7 +77,7 @@ def test_a_batch_is_so_many_single_environments(name, N, seed, data):
     "Any order of steps, partial resets and seeds."
     config = EnvConfig(name, N, time_limit=4)
     tasks = sample_tasks(config, N)
-    batch, singles = EnvBatch(config, tasks), [EnvBatch(replace(config, num_envs=1), [task]) for task in tasks]
+    batch, singles = EnvBatch(config, tasks, freeze=True), [EnvBatch(replace(config, num_envs=1), [task], freeze=True) for task in tasks]
     batch.reset(seed=seed)
     obs = np.concatenate([e.reset(seed=seed + i)[0] for i, e in enumerate(singles)])
     for a in random_actions(config, 12, seed):
@@ -97,7 +97,7 @@ def test_a_batch_is_so_many_single_environments(name, N, seed, data):
 @given(names, size, st.integers(1, 6), seeds)
 def test_finished_environments_freeze(name, N, time_limit, seed):
     config = EnvConfig(name, N, time_limit)
-    obs, reward, terminated, truncated = play_actions(EnvBatch(config), random_actions(config, 9, seed), seed)
+    obs, reward, terminated, truncated = play_actions(EnvBatch(config, freeze=True), random_actions(config, 9, seed), seed)
     over = terminated | truncated
     for x in (terminated, truncated, over): assert (x[1:] >= x[:-1]).all()  # once over, over
     assert not (terminated & truncated).any()
@@ -132,7 +132,8 @@ def test_restarting_is_freezing_and_resetting(name, N, time_limit, seed):
         over = rest[1] | rest[2]
         assert ('final_obs' in info) == over.any()
         if over.any():
-            assert_same([info['final_obs'], info['_final_obs']], [last, over])
+            assert all(x is None for x in info['final_obs'][~over])
+            assert_same([*info['final_obs'][over], info['_final_obs']], [*last[over], over])
             last = theirs.reset(options={'reset_mask': over})[0]
         assert_same([obs], [last])
 
@@ -174,7 +175,7 @@ def test_luck_within_an_episode_is_keyed_like_its_start():
 
 
 def test_returned_arrays_are_new():
-    env = EnvBatch(EnvConfig(num_envs=2, time_limit=2))
+    env = EnvBatch(EnvConfig(num_envs=2, time_limit=2), freeze=True)
     kept = [env.reset()[0]]
     copies = [kept[0].copy()]
     for _ in range(4):
@@ -290,7 +291,7 @@ def test_tasks_survive_a_file(tmp_path):
 
 def test_hidden_rotation_gain_and_bias():
     "Against complex numbers: a turn by an angle is a product."
-    env = EnvBatch(EnvConfig(num_envs=50, options={'rotation': 3.14, 'gain': .5, 'bias': .2}))
+    env = EnvBatch(EnvConfig(num_envs=50, options={'rotation': 3.14, 'gain': .5, 'bias': .2}), freeze=True)
     actions, tasks = random_actions(env.config, 5, 0), env.tasks
     obs, reward, *_ = play_actions(env, actions)
     moves = np.clip(actions, -.1, .1) @ [1, 1j] * tasks['gain'] * np.exp(1j * tasks['rotation'])
@@ -357,7 +358,7 @@ def test_a_task_env_is_a_batch_of_one():
 def test_do_nothing_and_oracle():
     "The published protocol at T = 100: exact expectations -38.26 and -0.506."
     goals = stream(0, 'goals').uniform(-.5, .5, (5000, 2))
-    env = EnvBatch(EnvConfig(num_envs=5000, time_limit=100), [{'goal': g} for g in goals])
+    env = EnvBatch(EnvConfig(num_envs=5000, time_limit=100), [{'goal': g} for g in goals], freeze=True)
     for player, exact in (('nothing', -38.26), ('oracle', -.506)):
         env.reset()
         total = sum(env.step(getattr(env.family, player)(env.state, env.tasks))[1] for _ in range(100))
@@ -367,7 +368,8 @@ def test_do_nothing_and_oracle():
 class Defect(VectorEnv):
     "A sound batch with one defect, by name."
     def __init__(self, n, kind):
-        self.env, self.kind = EnvBatch(EnvConfig('EnvsTestWalk-v0', n, 5), autoreset_mode=AutoresetMode.SAME_STEP if kind == 'final' else AutoresetMode.DISABLED), kind
+        mode = AutoresetMode.SAME_STEP if kind == 'final' else AutoresetMode.DISABLED
+        self.env, self.kind = EnvBatch(EnvConfig('EnvsTestWalk-v0', n, 5), autoreset_mode=mode, freeze=kind in ('none', 'endless')), kind
         for name in ('num_envs', 'observation_space', 'single_observation_space', 'action_space', 'single_action_space', 'metadata'): setattr(self, name, getattr(self.env, name))
         self.obs, self.final = np.zeros((n, 2), np.float32), None
 
