@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SURROGATES', 'discounted_sum', 'masked_mean', 'Trajectories', 'action_noise', 'env_seeds', 'history', 'policy_inputs',
-           'require_finite', 'Rollout', 'collect', 'linear_baseline', 'gae', 'normalise', 'advantages',
-           'policy_surrogate', 'value_loss']
+           'require_finite', 'Rollout', 'collect', 'baseline_features', 'ridge_fit', 'linear_baseline', 'gae',
+           'normalise', 'advantages', 'policy_surrogate', 'value_loss']
 
 # %% ../nbs/03_rollout.ipynb #030003
 from collections.abc import Callable
@@ -221,19 +221,54 @@ def collect(
     return Rollout(policy, tasks, config, purpose, key, start, deterministic, actor).run(params, config.trial_length)
 
 # %% ../nbs/03_rollout.ipynb #030055
+def _standardised(x, real):  # rows [M, F, n] with mean 0 and standard deviation 1 over the real steps; 0 where a row is constant
+    n = real.sum(-1, keepdim=True).clamp(min=1)
+    x = (x - x.sum(-1, keepdim=True) / n) * real
+    std = torch.linalg.vector_norm(x, dim=-1, keepdim=True) / n.sqrt()
+    return x.mul_(torch.where(std > 1e-10, 1 / std.clamp(min=1e-10), 0))  # what is smaller is rounding error
+
+
+def baseline_features(
+    traj: Trajectories, # of M tasks
+) -> Tensor: # [M, F, K T], float64; F = 2 O + 3; 0 where masked
+    "Time t, observation o, o^2, t^2 and t^3, each standardised over the real steps of its task; t comes first."
+    o, real = traj.obs.double().movedim(-1, 1), traj.mask.unsqueeze(1)  # [M, O, K, T]
+    t = torch.arange(o.shape[-1], dtype=o.dtype, device=o.device).expand_as(o[:, :1])
+    x, real = torch.cat([t, o], 1).masked_fill_(~real, 0).flatten(2), real.flatten(2).double()
+    x = x.div_(torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True).clamp(min=1e-300))  # so that no square overflows
+    z = _standardised(x, real)
+    return torch.cat([z, _standardised(torch.cat([z.square(), z[:, :1]**3], 1), real)], 1)
+
+# %% ../nbs/03_rollout.ipynb #030087
+def ridge_fit(
+    X: Tensor, # features, [M, F, n]
+    y: Tensor, # to be predicted, [M, 1, n]
+    penalty: Tensor, # p on the squared weights, [M, 1, 1]
+) -> tuple: # prediction [M, 1, n]; degrees of freedom [M, 1, 1]
+    "Ridge regression without a constant, as F equations or as n, whichever are fewer (Saunders et al., ICML 1998)."
+    wide = X.shape[1] > X.shape[2]
+    A = X.mT @ X if wide else X @ X.mT
+    A = A + penalty * torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(A).L)
+    freedom = A.shape[-1] - penalty * inverse.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
+    return y - penalty * (y @ inverse) if wide else y @ X.mT @ inverse @ X, freedom
+
+# %% ../nbs/03_rollout.ipynb #03008a
 def linear_baseline(
     traj: Trajectories, # of M tasks
     returns: Tensor, # discounted return from each step on, [M, K, T]
-    ridge: float = 1e-5, # regularisation per sample
+    ridge: float = 1e-2, # penalty, relative to the variance of a feature
 ) -> Tensor: # predicted return, [M, K, T], float64; 0 where masked
-    "Return as a linear function of (o, o^2, t, t^2, t^3, 1), fitted per task by ridge regression (Duan et al., ICML 2016)."
-    o, outside = traj.obs.double().movedim(-1, 1), ~traj.mask  # features before steps: [M, O, K, T]
-    t = (torch.arange(o.shape[-1], dtype=o.dtype, device=o.device) / 100).expand_as(o[:, :1])
-    X = torch.cat([o, o**2, t, t**2, t**3, torch.ones_like(t)], 1).masked_fill(outside.unsqueeze(1), 0).flatten(2)  # [M, F, K T]
-    y = returns.double().masked_fill(outside, 0).flatten(1).unsqueeze(-1)
-    penalty = ridge * X.shape[-1] * torch.eye(X.shape[1], dtype=o.dtype, device=o.device)
-    w = torch.linalg.solve(X @ X.mT + penalty, X @ y)  # [M, F, 1]
-    return (w.mT @ X).view_as(returns)
+    "Return as a linear function of (o, o^2, t, t^2, t^3, 1), fitted per task (Duan et al., ICML 2016) and shrunk to a line in t where the steps are few."
+    if 2 * traj.obs.shape[-1] > traj.mask[0].numel() and len(returns) > 1:  # images: one task at a time, to save memory
+        return torch.cat([linear_baseline(traj.of_tasks([m]), returns[m:m + 1], ridge) for m in range(len(returns))])
+    X, real = baseline_features(traj), traj.mask.flatten(1).unsqueeze(1)
+    n, y = real.double().sum(-1, keepdim=True).clamp(min=1), returns.double().flatten(1).unsqueeze(1).masked_fill(~real, 0)
+    t = X[:, :1]
+    line = y.sum(-1, keepdim=True) / n * real + y @ t.mT / n * t
+    fit, freedom = ridge_fit(X, y - line, ridge * n)
+    share = (1 - freedom / (n - 1).clamp(min=1)).clamp(min=0)
+    return torch.addcmul(line, share, fit).view_as(returns)
 
 # %% ../nbs/03_rollout.ipynb #030061
 def gae(

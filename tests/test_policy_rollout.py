@@ -1,4 +1,5 @@
 "Properties of `policy` and `rollout` that hold for any shape, mask and number."
+import time
 from dataclasses import fields, replace
 
 import numpy as np
@@ -129,6 +130,66 @@ def test_nothing_after_the_end_changes_a_loss_or_gradient(traj, filling):
     assert torch.equal(traj.returns, other.returns) and torch.equal(linear_baseline(traj, traj.reward), linear_baseline(other, other.reward))
 
 
+def squared_error(prediction, y, mask): return masked_mean((y - prediction)**2, mask)
+
+
+columns = st.lists(st.tuples(st.integers(-30, 30), st.sampled_from([0., 1., -30_000., 1e6]), st.booleans()), min_size=1, max_size=4)
+
+
+@given(experience(), columns, st.integers(-12, 12))
+def test_the_baseline_is_never_worse_than_the_mean_in_any_unit(traj, columns, unit):
+    "Columns in units from 1e-30 to 1e30, with offsets, two of them constant; returns in units from 1e-12 to 1e12."
+    noise = normal(5, *traj.reward.shape)
+    rows = [10.**power * (offset + varies * (noise + i * traj.obs[..., 0])) for i, (power, offset, varies) in enumerate(columns)]
+    two = [torch.full_like(noise, 1000.)] * 2
+    y = 10.**unit * traj.reward
+    fitted = linear_baseline(replace(traj, obs=torch.stack(rows + two, -1)), y)
+    mean = masked_mean(y, traj.mask)[:, None, None].expand_as(y)
+    assert (squared_error(fitted, y, traj.mask) <= squared_error(mean, y, traj.mask) * (1 + 1e-9)).all()
+
+
+def test_two_columns_of_1000_and_offsets_of_30000_change_no_baseline():
+    g = np.random.default_rng(0)
+    obs, y = torch.from_numpy(g.standard_normal((2, 8, 50, 2))), torch.from_numpy(g.standard_normal((2, 8, 50)))
+    zero, mask = torch.zeros(2, 8, 50), torch.ones(2, 8, 50).bool()
+    def fitted(obs): return linear_baseline(Trajectories(obs, zero, zero, mask, mask, mask, mask, mask, zero, zero), y)
+    torch.testing.assert_close(fitted(torch.cat([obs, torch.full((2, 8, 50, 2), 1000.)], -1)), fitted(obs), rtol=0, atol=1e-12)
+    torch.testing.assert_close(fitted(obs + 30_000), fitted(obs), rtol=0, atol=1e-8)
+    torch.testing.assert_close(fitted(obs * torch.tensor([1e-9, 1e9])), fitted(obs), rtol=0, atol=1e-12)
+    torch.testing.assert_close(fitted((obs + 30_000).float()), fitted(obs), rtol=0, atol=1e-2)  # float32 keeps 0.002
+
+
+def test_five_steps_do_not_lose_their_signal():
+    config, policy = EnvConfig('MetaGymToy-v0', 1, 5), make_policy('box')
+    traj = collect(policy, policy.get_params(), sample_tasks(config, 1) * 500, config)
+    G = discounted_sum(traj.reward, .99).double()
+    one = Trajectories(**{f.name: getattr(traj, f.name).flatten(0, 1)[None] for f in fields(traj)})
+    pooled = normalise(G - linear_baseline(one, G.flatten(0, 1)[None]).view_as(G), traj.mask)
+    assert (normalise(G - linear_baseline(traj, G), traj.mask) * pooled).mean() > .25  # a whole fit leaves -.05
+
+
+@pytest.mark.parametrize('features', [294, 27_648])  # MiniGrid's picture, and a third of CarRacing's
+def test_a_baseline_of_images_takes_seconds_at_most(features):
+    g = torch.Generator().manual_seed(0)
+    obs, y = torch.randn(1, 4, 50, features, generator=g), torch.randn(1, 4, 50, generator=g)
+    zero, mask = torch.zeros(1, 4, 50), torch.ones(1, 4, 50).bool()
+    start = time.perf_counter()
+    fitted = linear_baseline(Trajectories(obs, zero, zero, mask, mask, mask, mask, mask, zero, zero), y)
+    assert fitted.isfinite().all() and time.perf_counter() - start < 20
+
+
+def test_rollouts_without_noise_and_in_float64():
+    config, policy = EnvConfig('MetaGymToy-v0', 4, 6), make_policy('box')
+    params, tasks = stacked(policy, 3, 0), sample_tasks(config, 3)
+    quiet = collect(policy, params, tasks, config, deterministic=True)
+    torch.testing.assert_close(quiet.action, quiet.action[:, :1].expand_as(quiet.action))
+    exact = collect(make_policy('box').double(), {k: v.double() for k, v in params.items()}, tasks, config)
+    assert exact.logp.dtype == torch.float64
+    torch.testing.assert_close(exact.action.float(), collect(policy, params, tasks, config).action, rtol=0, atol=1e-4)
+    broken = params | {'mixer.bias': params['mixer.bias'].index_fill(0, torch.tensor(1), torch.nan)}
+    with pytest.raises(FloatingPointError, match=r'action probabilities of tasks \[1\] are not finite'): collect(policy, broken, tasks, config)
+
+
 @given(experience(), st.integers(1, 4))
 def test_longer_filling_changes_no_loss(traj, extra):
     def longer(x): return torch.cat([x, x.new_zeros(*x.shape[:2], extra, *x.shape[3:])], 2)
@@ -137,6 +198,7 @@ def test_longer_filling_changes_no_loss(traj, extra):
     torch.testing.assert_close(longer(A), B)
     torch.testing.assert_close(policy_surrogate(traj.logp, 0 * traj.logp, A, traj.mask), policy_surrogate(more.logp, 0 * more.logp, B, more.mask))
     torch.testing.assert_close(value_loss(traj.value, traj.reward, traj.mask), value_loss(more.value, more.reward, more.mask))
+    torch.testing.assert_close(longer(linear_baseline(traj, traj.reward)), linear_baseline(more, more.reward))
 
 
 @given(experience())
