@@ -147,7 +147,8 @@ class Rollout:
                  key: tuple = (), # further key of that stream: outer step, adaptation step, ...
                  start: int = 0, # global index of the first task
                  deterministic: bool = False, # the most likely action instead of a sample
-                 actor: Callable = None): # of parameters, gives a function of one step; None: `policy.actor`
+                 actor: Callable = None, # of parameters, gives a function of one step; None: `policy.actor`
+                 bootstrap: bool = False): # also fill `after`: the value of what would follow where the clock ends a trajectory
         if not tasks: raise ValueError('tasks is empty; give at least one, as sample_tasks does')
         M, K = self.shape = len(tasks), config.num_envs
         self.policy, self.actor, self.like, self.length, self.start = policy, actor or policy.actor, next(policy.parameters()), config.trial_length, start
@@ -161,6 +162,7 @@ class Rollout:
         self.episodes, self.ended, self.begins = config.episodes_per_trial, np.zeros((M, K), int), np.ones((M, K), bool)  # episodes of a trial; how many are over; whether one begins now
         self.past = self.like.new_zeros(M, K, policy.input_dim - policy.obs_dim)
         if policy.config.history: self.past[..., -1] = 1  # the first step starts an episode
+        self.after = self.like.new_zeros(M, K, self.length) if bootstrap else None
 
     def _tensor(self, x):  # device of the policy; its dtype too, unless x is bool
         return torch.from_numpy(x).to(self.like.device, torch.bool if x.dtype == bool else self.like.dtype)
@@ -190,13 +192,20 @@ class Rollout:
         action, out, self.memory = act(torch.cat([obs, self.past], -1) if self.policy.config.history else obs, self.memory, self.noise[len(self.acted)])
         distribution = [out[k] for k in self.distribution]
         if not isfinite(distribution[0].sum().item()): require_finite('action probabilities', distribution[0], start=self.start)
-        self.obs, *happened, _ = self.env.step(self.policy.to_env(action.cpu().numpy().reshape(self.env.num_envs, *action.shape[2:])))
+        self.obs, *happened, info = self.env.step(self.policy.to_env(action.cpu().numpy().reshape(self.env.num_envs, *action.shape[2:])))
         reward, terminated, truncated = (x.reshape(self.shape) for x in happened)
         over = terminated | truncated
         self.ended += over
         self.begins = over & (self.ended < self.episodes)
+        if self.after is not None: self._look_ahead(act, action, reward, truncated & (self.ended == self.episodes), info)
         if self.policy.config.history: self.past = history(self.policy, action, self._tensor(reward), self._tensor(self.begins))
         self.acted.append((obs, action, out['value'], *distribution)), self.happened.append((reward, terminated, truncated))
+
+    def _look_ahead(self, act, action, reward, cut, info):  # one more step of the policy, as if the episode went on
+        if not cut.any(): return
+        t, obs = len(self.acted), self._tensor(info.get('final_obs', self.obs).reshape(*self.shape, -1))
+        if self.policy.config.history: obs = torch.cat([obs, history(self.policy, action, self._tensor(reward), self._tensor(np.zeros_like(cut)))], -1)
+        self.after[..., t] = act(obs, self.memory, self.noise[t])[1]['value'].masked_fill(~self._tensor(cut), 0)
 
     @torch.no_grad()
     def recompute_memory(self,
@@ -276,10 +285,12 @@ def gae(
     value: Tensor, # [..., T], 0 where masked
     gamma: float, # discount
     lam: float, # 1: return minus value; 0: one-step error
+    after: Tensor = None, # value of what would follow, where the clock ended a trajectory, 0 elsewhere, [..., T]; None: nothing follows
 ) -> Tensor: # advantage, [..., T]
-    "Generalised advantage estimate (Schulman et al., ICLR 2016); nothing is to come after the last step."
-    after = torch.cat([value[..., 1:], torch.zeros_like(value[..., :1])], -1)
-    return discounted_sum(reward + gamma * after - value, gamma * lam)
+    "Generalised advantage estimate (Schulman et al., ICLR 2016)."
+    follows = torch.cat([value[..., 1:], torch.zeros_like(value[..., :1])], -1)
+    if after is not None: follows = follows + after
+    return discounted_sum(reward + gamma * follows - value, gamma * lam)
 
 # %% ../nbs/03_rollout.ipynb #030065
 def normalise(

@@ -285,6 +285,47 @@ def test_a_pause_changes_nothing(cut):
     torch.testing.assert_close(rollout.run(params, 6 - cut).action, collect(policy, params, tasks, config).action, rtol=0, atol=1e-5)
 
 
+@given(st.booleans(), st.integers(1, 5))
+def test_the_value_after_the_clock_is_that_of_a_longer_episode(use_history, T):
+    policy = make_policy('box', history=use_history)
+    config = EnvConfig('MetaGymToy-v0', 1, T + 1)  # one trajectory: its noise does not depend on the length
+    params, tasks = stacked(policy, 3, 0), sample_tasks(config, 3)
+    longer, rollout = collect(policy, params, tasks, config), Rollout(policy, tasks, replace(config, time_limit=T), bootstrap=True)
+    traj = rollout.run(params, T)
+    torch.testing.assert_close(rollout.after[..., -1], longer.value[..., -1], rtol=0, atol=1e-6)
+    assert not rollout.after[..., :-1].any() and torch.equal(traj.value, longer.value[..., :-1])
+    returns = discounted_sum(traj.reward + .9 * rollout.after, .9)
+    torch.testing.assert_close(gae(traj.reward, traj.value, .9, 1., rollout.after), returns - traj.value)
+
+
+def test_nothing_follows_an_episode_that_the_task_ended():
+    policy, config = make_policy('box'), EnvConfig('MetaGymToy-v0', 1, 3)
+    still = {k: v * (not k.startswith('action.')) for k, v in policy.get_params().items()} | {'value.bias': torch.ones(1)}
+    rollout = Rollout(policy, [{'goal': np.zeros(2, np.float32)}, {'goal': np.full(2, .5, np.float32)}], config, deterministic=True, bootstrap=True)
+    traj = rollout.run(still, 3)
+    assert traj.terminated.any(-1).flatten().tolist() == [True, False]
+    assert not rollout.after[0].any() and (rollout.after[1, 0] != 0).tolist() == [False, False, True]
+
+
+def test_a_trial_is_cut_after_its_last_episode_only():
+    policy, config = make_policy('box', history=True), EnvConfig('MetaGymToy-v0', 2, 3, episodes_per_trial=2)
+    params, tasks = stacked(policy, 2, 0), sample_tasks(config, 2)
+    rollout = Rollout(policy, tasks, config, bootstrap=True)
+    traj, final = rollout.run(params, 5), {}
+    step = rollout.env.step
+    def remembered(actions):
+        result = step(actions)
+        final.update(result[-1])
+        return result
+    rollout.env.step = remembered
+    traj = rollout.run(params, 1)
+    inputs = policy_inputs(policy, traj)
+    last = torch.cat([torch.from_numpy(final['final_obs']).view(2, 2, 2), traj.action[..., -1, :], traj.reward[..., -1:], torch.zeros(2, 2, 1)], -1)
+    value = policy.functional(params, torch.cat([inputs, last.unsqueeze(2)], 2))['value']
+    torch.testing.assert_close(rollout.after[..., -1], value[..., -1], rtol=0, atol=1e-6)
+    assert not rollout.after[..., :-1].any()
+
+
 def test_errors_say_what_to_do():
     config, policy = EnvConfig('MetaGymToy-v0', 2, 4), make_policy('box')
     tasks = sample_tasks(config, 3)
