@@ -10,7 +10,7 @@ __all__ = ['SURROGATES', 'discounted_sum', 'masked_mean', 'Trajectories', 'actio
 # %% ../nbs/03_rollout.ipynb #030003
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from math import isfinite
+from math import inf, isfinite, log1p
 
 import numpy as np
 import torch
@@ -191,7 +191,7 @@ class Rollout:
         obs = self._tensor(self.obs.reshape(*self.shape, -1))
         action, out, self.memory = act(torch.cat([obs, self.past], -1) if self.policy.config.history else obs, self.memory, self.noise[len(self.acted)])
         distribution = [out[k] for k in self.distribution]
-        if not isfinite(distribution[0].sum().item()): require_finite('action probabilities', distribution[0], start=self.start)
+        if not isfinite(distribution[0].sum().item()): self._find_culprit(obs, distribution[0])
         self.obs, *happened, info = self.env.step(self.policy.to_env(action.cpu().numpy().reshape(self.env.num_envs, *action.shape[2:])))
         reward, terminated, truncated = (x.reshape(self.shape) for x in happened)
         over = terminated | truncated
@@ -200,6 +200,12 @@ class Rollout:
         if self.after is not None: self._look_ahead(act, action, reward, truncated & (self.ended == self.episodes), info)
         if self.policy.config.history: self.past = history(self.policy, action, self._tensor(reward), self._tensor(self.begins))
         self.acted.append((obs, action, out['value'], *distribution)), self.happened.append((reward, terminated, truncated))
+
+    def _find_culprit(self, obs, out):  # the environment, or the policy; a logit may be -inf
+        if not obs.isfinite().all():
+            m, k = (~obs.isfinite().all(-1)).nonzero(as_tuple=True)
+            raise FloatingPointError(f'observations of environments {(m * self.shape[1] + k).tolist()} (tasks {(m + self.start).tolist()}) are not finite at step {len(self.acted)}; look at these environments')
+        require_finite('action probabilities', out.logsumexp(-1) if self.policy.discrete else out, start=self.start)
 
     def _look_ahead(self, act, action, reward, cut, info):  # one more step of the policy, as if the episode went on
         if not cut.any(): return
@@ -324,18 +330,21 @@ def policy_surrogate(
     kind: str = 'ratio', # 'ratio': pi / pi_old, low-variance curvature (Rothfuss et al., ICLR 2019); 'dice': all of the curvature (Foerster et al., ICML 2018; for advantages Farquhar et al., NeurIPS 2019); 'logprob': log pi
     clip: float = None, # PPO clipping of the ratio to 1 - clip .. 1 + clip; None: off
 ) -> Tensor: # loss to minimise, [M]: mean over the real steps of each task
-    "The policy-gradient loss, the only one in the library. Raises ValueError for another kind, or a clipped log-probability."
+    """The policy-gradient loss, the only one in the library. Raises ValueError for another kind, or a clipped log-probability.
+
+    Where PPO clips, no exponential is taken. Elsewhere one that overflows makes the loss infinite or nan as well, which every learner refuses (`require_finite`); saturating it would hide how far the policy has moved."""
     if kind not in SURROGATES: raise ValueError(f'kind={kind!r} is not one of {SURROGATES}')
     if clip is not None and kind != 'ratio': raise ValueError(f'clip={clip} needs a ratio, not kind={kind!r}; leave one of them out')
     change = logp if kind == 'logprob' else logp - logp_old.detach()
     change = change.masked_fill(~mask, 0)  # first of all, so that nothing after the end reaches the gradient, not even nan
+    if clip is not None:  # the smaller of ratio * advantage and clipped ratio * advantage, clipped before the exponential
+        lowest = log1p(-clip) if clip < 1 else -inf
+        change = torch.where(advantage >= 0, change.clamp(max=log1p(clip)), change.clamp(min=lowest))
     if kind == 'dice':  # a step weighs what its action adds to the ratio of the whole past
         past = change.cumsum(-1)
         weight = past.exp() - (past - change).exp()
     else: weight = change.exp() if kind == 'ratio' else change
-    gain = weight * advantage
-    if clip is not None: gain = torch.minimum(gain, weight.clamp(1 - clip, 1 + clip) * advantage)
-    return -masked_mean(gain, mask)
+    return -masked_mean(weight * advantage, mask)
 
 # %% ../nbs/03_rollout.ipynb #030075
 def value_loss(

@@ -336,3 +336,133 @@ def test_errors_say_what_to_do():
     x = torch.zeros(1, 1, 1)
     with pytest.raises(ValueError, match='not one of'): policy_surrogate(x, x, x, x.bool(), kind='vanilla')
     with pytest.raises(ValueError, match='needs a ratio'): policy_surrogate(x, x, x, x.bool(), kind='logprob', clip=.2)
+
+
+def boxes():
+    "Boxes of every dtype, each dimension bounded on two sides, on one, or not at all; some of the bounds are huge."
+    def make(dtype, ends, kinds):
+        dtype, bounds = np.dtype(dtype), []
+        for (low, high), (below, above) in zip(ends, kinds):
+            limits = np.finfo(dtype) if dtype.kind == 'f' else np.iinfo(dtype)
+            low, high = sorted((max(min(x, limits.max), limits.min) for x in (low, high)))
+            if dtype.kind == 'f': low, high = low if below else -np.inf, high if above else np.inf
+            bounds.append((dtype.type(low), dtype.type(high)))
+        low, high = (np.array(x, dtype) for x in zip(*bounds))
+        return spaces.Box(low, high, dtype=dtype)
+    number = st.one_of(st.integers(-300, 300), st.sampled_from([2**31 - 1, -2**63, 2**63 - 1, 2**64 - 1, 10**30]))
+    pairs = st.lists(st.tuples(number, number), min_size=3, max_size=3)
+    return st.builds(make, st.sampled_from(['f2', 'f4', 'f8', 'i1', 'u1', 'i4', 'i8', 'u8']), pairs, st.lists(st.tuples(st.booleans(), st.booleans()), min_size=3, max_size=3))
+
+
+def policy_in(space): return SSMMetaPolicy(spaces.Box(-1, 1, (2,), np.float32), space, PolicyConfig(8, 4))
+
+
+@settings(max_examples=60)
+@given(boxes(), seeds)
+def test_every_action_is_a_member_of_its_box(space, seed):
+    policy = policy_in(space)
+    chosen = np.concatenate([np.float32(10.**np.arange(-2, 12))[:, None] * np.random.default_rng(seed).standard_normal((14, 3)), np.zeros((1, 3)), np.ones((1, 3)), -np.ones((1, 3))]).astype(np.float32)
+    for dtype in (np.float32, np.float64):
+        taken = policy.to_env(chosen.astype(dtype))
+        assert all(space.contains(a) for a in taken)
+    both, low, high = space.bounded_below & space.bounded_above, space.low.astype(float), space.high.astype(float)
+    off = np.abs(taken[[-1, -2]].astype(float) - [low, high])[:, both]  # -1 and 1 are the bounds
+    assert (off <= (2.**-9 if space.dtype == np.float16 else 1e-6) * np.maximum(np.abs(low), np.abs(high))[both]).all()
+
+
+@given(st.integers(1, 5), st.integers(-10, 10), st.sampled_from(['i1', 'i4', 'i8', 'u1']))
+def test_every_action_is_a_member_of_its_discrete_space(n, start, dtype):
+    space = spaces.Discrete(n, start=abs(start) if dtype == 'u1' else start, dtype=np.dtype(dtype).type)
+    assert all(space.contains(a) for a in policy_in(space).to_env(np.arange(n)))
+
+
+def test_clipped_actions_keep_their_log_probability():
+    config = EnvConfig('MetaGymToy-v0', 4, 10)
+    policy, taken = make_policy('box', init_log_std=1.), []
+    rollout = Rollout(policy, sample_tasks(config, 2), config)
+    step = rollout.env.step
+    rollout.env.step = lambda actions: taken.append(actions) or step(actions)
+    traj = rollout.run(policy.get_params(), 10)
+    assert (traj.action.abs() > 1).any() and all(spaces_of['box'].contains(a) for actions in taken for a in actions)
+    out = policy.functional(policy.get_params(), traj.obs)
+    normal = distributions.Independent(distributions.Normal(out['mean'], out['log_std'].exp()), 1)
+    torch.testing.assert_close(normal.log_prob(traj.action), traj.logp, rtol=0, atol=1e-4)
+
+
+def test_empty_spaces_are_refused():
+    empty, plane = spaces.Box(-1, 1, (0,), np.float32), spaces.Box(-1, 1, (2,), np.float32)
+    with pytest.raises(ValueError, match='not a one-dimensional Box'): SSMMetaPolicy(empty, plane)
+    with pytest.raises(ValueError, match='neither a one-dimensional Box nor Discrete'): SSMMetaPolicy(plane, empty)
+
+
+@given(st.lists(st.booleans(), min_size=5, max_size=5).filter(lambda allowed: any(allowed)), seeds)
+def test_actions_that_are_not_allowed_count_for_nothing(allowed, seed):
+    "Entropy, divergence and log-probability, with first and second derivatives: as if the forbidden actions were not there."
+    allowed = torch.tensor(allowed)
+    x, y = normal([seed, 0], 5).requires_grad_(), normal([seed, 1], 5)
+    def results(keep):
+        p, q = ({'logits': keep(v)} for v in (x, y))
+        value = entropy(p) + kl_divergence(p, q) + kl_divergence(q, p) + action_log_prob(p, torch.tensor(0))
+        slope, = torch.autograd.grad(value, x, create_graph=True)
+        return value, slope, torch.autograd.grad((slope * y).sum(), x)[0]
+    first = allowed.nonzero()[0]  # allowed, and the action whose log-probability we take
+    order = torch.cat([first, torch.tensor([i for i in range(5) if i != first])])
+    masked = results(lambda v: v.masked_fill(~allowed, -torch.inf)[order])
+    for a, b in zip(masked, results(lambda v: v[order][allowed[order]])): torch.testing.assert_close(a, b)
+
+
+def test_masked_logits_roll_out():
+    class Masked(SSMMetaPolicy):
+        def stepper(self, params=None):
+            step = super().stepper(params)
+            def masked(obs, state):
+                out, state = step(obs, state)
+                return out | dict(logits=out['logits'].index_fill(-1, torch.tensor(0), -torch.inf)), state
+            return masked
+
+    config = EnvConfig('MetaCartPole-v0', 3, 5)
+    policy = Masked(config.family.observation_space, config.family.action_space, PolicyConfig(8, 4))
+    traj = collect(policy, policy.get_params(), sample_tasks(config, 2), config)
+    assert (traj.action == 1).all() and not traj.logp.any()
+
+
+def test_parameters_land_on_the_default_device():
+    with torch.device('meta'): there = [make_policy(kind, core=core) for kind in spaces_of for core in ('ssm', 'none')]
+    assert all(p.device.type == 'meta' for policy in there for p in policy.parameters())
+    with torch.device('cpu'): here = make_policy('box')
+    for k, v in make_policy('box').get_params().items(): assert torch.equal(v, here.get_params()[k])
+
+
+def test_a_policy_config_takes_numpy_numbers():
+    config = PolicyConfig(np.int64(8), np.int32(4), init_log_std=np.float32(-.5), history=np.bool_(True))
+    assert config == PolicyConfig(8, 4, init_log_std=-.5, history=True) and all(type(v) in (int, float, str, bool) for v in vars(config).values())
+
+
+def test_nan_observations_are_those_of_an_environment():
+    config, policy = EnvConfig('MetaGymToy-v0', 2, 5), make_policy('box')
+    rollout = Rollout(policy, sample_tasks(config, 3), config, start=10)
+    step = rollout.env.step
+    def spoiled(actions):
+        obs, *rest = step(actions)
+        obs[3, 1] = np.nan
+        return obs, *rest
+    rollout.env.step = spoiled
+    with pytest.raises(FloatingPointError, match=r'observations of environments \[3\] \(tasks \[11\]\) are not finite at step 1'): rollout.run(policy.get_params(), 5)
+
+
+def test_a_log_ratio_of_a_hundred_behind_the_clip():
+    one, old = torch.tensor([[[100., 0.]]], requires_grad=True), torch.zeros(1, 1, 2)
+    loss = policy_surrogate(one, old, torch.ones(1, 1, 2), old == 0, clip=.2)
+    assert loss.item() == pytest.approx(-1.1) and torch.autograd.grad(loss, one)[0].tolist() == [[[0., -.5]]]
+    loss = policy_surrogate(-one, old, -torch.ones(1, 1, 2), old == 0, clip=.2)
+    assert loss.item() == pytest.approx(.9) and torch.autograd.grad(loss, one)[0].tolist() == [[[0., -.5]]]
+
+
+@settings(max_examples=60)
+@given(st.lists(st.floats(-200, 200, width=32), min_size=4, max_size=4), st.lists(st.sampled_from([-1., 0., 1.]), min_size=4, max_size=4), st.sampled_from([*((k, None) for k in SURROGATES), ('ratio', .2), ('ratio', 3.)]))
+def test_a_finite_loss_has_finite_derivatives(change, advantage, kind):
+    logp, old = torch.tensor(change).view(1, 1, 4).requires_grad_(), torch.zeros(1, 1, 4)
+    loss = policy_surrogate(logp, old, torch.tensor(advantage).view(1, 1, 4), old == 0, *kind)
+    slope, = torch.autograd.grad(loss, logp, create_graph=True)
+    if loss.isfinite(): assert slope.isfinite().all()
+    if loss.isfinite() and slope.requires_grad: assert torch.autograd.grad(slope.sum(), logp)[0].isfinite().all()
