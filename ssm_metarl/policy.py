@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['action_log_prob', 'entropy', 'kl_divergence', 'choose_action', 'PolicyConfig', 'encode', 'check_tasks',
-           'merged_mixer', 'heads', 'fixed_linear', 'fixed_heads', 'SSMMetaPolicy']
+           'merged_mixer', 'heads', 'fixed_linear', 'fixed_heads', 'action_units', 'SSMMetaPolicy']
 
 # %% ../nbs/01_policy.ipynb #010003
 import math
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .cores import CORES
-from .ssm import SSMConfig, between, linear, product
+from .ssm import SSMConfig, between, linear, plain_numbers, product
 
 # %% ../nbs/01_policy.ipynb #010013
 def action_log_prob(
@@ -34,10 +34,10 @@ def action_log_prob(
 def entropy(
     outputs: dict, # of a policy: 'logits', or 'mean' and 'log_std', [..., A]
 ) -> Tensor: # [...], in nats
-    "Entropy of the action distribution."
+    "Entropy of the action distribution; a logit may be -inf."
     if 'logits' in outputs:
         logp = F.log_softmax(outputs['logits'], -1)
-        return -(logp.exp() * logp).sum(-1)
+        return -(logp.exp() * logp.masked_fill(logp == -math.inf, 0)).sum(-1)
     return (outputs['log_std'] + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
 
 # %% ../nbs/01_policy.ipynb #010023
@@ -45,10 +45,10 @@ def kl_divergence(
     p: dict, # outputs of one policy
     q: dict, # outputs of another at the same observations
 ) -> Tensor: # KL(p || q), [...], in nats
-    "How far apart two action distributions are: the mean of log p(a) - log q(a) over actions of p."
+    "How far apart two action distributions are: the mean of log p(a) - log q(a) over actions of p; infinite where q forbids one of them."
     if 'logits' in p:
         log_p, log_q = F.log_softmax(p['logits'], -1), F.log_softmax(q['logits'], -1)
-        return (log_p.exp() * (log_p - log_q)).sum(-1)
+        return (log_p.exp() * (log_p - log_q).masked_fill(log_p == -math.inf, 0)).sum(-1)
     log_ratio = 2 * (p['log_std'] - q['log_std'])  # of the variances
     z = (p['mean'] - q['mean']) * (-q['log_std']).exp()
     return 0.5 * (log_ratio.exp() + z * z - 1 - log_ratio).sum(-1)
@@ -75,6 +75,7 @@ class PolicyConfig:
     history: bool = False # also see the previous action, reward and episode start (RL^2 needs it)
 
     def __post_init__(self):
+        plain_numbers(self)
         if not isinstance(self.hidden_dim, int) or self.hidden_dim < 1: raise ValueError(f'hidden_dim={self.hidden_dim!r} is not a positive int')
         SSMConfig(self.hidden_dim, self.state_dim, init=self.init)  # checks the next two
         if self.core not in CORES: raise ValueError(f'core={self.core!r} is not one of {", ".join(map(repr, CORES))}')
@@ -153,6 +154,24 @@ def fixed_heads(
         return dict(mean=out, log_std=between(log_std, out).expand_as(out), value=value, features=features)
     return outputs
 
+# %% ../nbs/01_policy.ipynb #010092
+def action_units(
+    space: spaces.Box, # of actions, [A]
+) -> tuple: # centre, scale, lowest, highest: float64, each [A], or one number if all dimensions agree
+    "How a policy's -1 and 1 become the bounds of each dimension, and where an action is clipped, in numbers that the space's dtype can hold."
+    below, above = space.bounded_below, space.bounded_above
+    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+    if space.dtype.kind in 'iu':  # a float64 beside a large integer may lie beyond it
+        low = np.array([x if int(x) >= int(bound) else np.nextafter(x, np.inf) for x, bound in zip(low, space.low)])
+        high = np.array([x if int(x) <= int(bound) else np.nextafter(x, -np.inf) for x, bound in zip(high, space.high)])
+    elif space.dtype.kind == 'f':
+        limits = np.finfo(space.dtype)
+        low, high = low.clip(limits.min), high.clip(max=limits.max)
+    centre = np.where(below & above, low / 2 + high / 2, np.clip(0, low, high))
+    scale = np.where(below & above, high / 2 - low / 2, 1.)
+    common = lambda x: float(x[0]) if (x == x[0]).all() else x  # a product with one number is faster
+    return tuple(common(x) for x in (centre, scale, low, high))
+
 # %% ../nbs/01_policy.ipynb #010055
 class SSMMetaPolicy(nn.Module):
     "Encoder, state space core with residual and norm, and heads for actions and value; its functional form takes one set of parameters per task."
@@ -163,22 +182,21 @@ class SSMMetaPolicy(nn.Module):
                  config: PolicyConfig = PolicyConfig(), # sizes
                  seed: int = 0): # seed of the initial parameters
         super().__init__()
-        if not isinstance(observation_space, spaces.Box) or len(observation_space.shape) != 1:
+        vector = lambda space: isinstance(space, spaces.Box) and len(space.shape) == 1 and space.shape[0] > 0
+        if not vector(observation_space):
             raise ValueError(f'observation_space={observation_space} is not a one-dimensional Box; flatten it first (gymnasium.wrappers.FlattenObservation)')
-        if not isinstance(action_space, spaces.Discrete) and not (isinstance(action_space, spaces.Box) and len(action_space.shape) == 1):
+        if not isinstance(action_space, spaces.Discrete) and not vector(action_space):
             raise ValueError(f'action_space={action_space} is neither a one-dimensional Box nor Discrete; wrap the environment so that it is')
         self.config, self.action_space, self.discrete = config, action_space, isinstance(action_space, spaces.Discrete)
         self.obs_dim = observation_space.shape[0]
         self.action_dim = int(action_space.n) if self.discrete else action_space.shape[0]
         self.input_dim = self.obs_dim + (self.action_dim + 2 if config.history else 0)
-        bounded = not self.discrete and action_space.is_bounded()
-        common = lambda x: x[0] if (x == x[0]).all() else x  # a product with one number is faster than with one for each dimension
-        self.action_centre = common((action_space.high + action_space.low) / 2) if bounded else 0.
-        self.action_scale = common((action_space.high - action_space.low) / 2) if bounded else 1.
+        self.units = None if self.discrete else action_units(action_space)  # for `to_env`
         self._build(config, seed)
 
     def _build(self, config, seed):
-        layer, H = lambda *sizes: nn.utils.skip_init(nn.Linear, *sizes), config.hidden_dim  # the usual initialisation would draw from the global generator
+        layer = lambda *sizes: nn.utils.skip_init(nn.Linear, *sizes, device=torch.get_default_device())  # the usual initialisation would draw from the global generator
+        H = config.hidden_dim
         self.core = CORES[config.core](SSMConfig(H, config.state_dim, H, init=config.init), seed)
         self.encoder, self.norm, self.mixer = layer(self.input_dim, H), nn.LayerNorm(H), layer(H, H)
         self.action, self.value = layer(H, self.action_dim), layer(H, 1)
@@ -188,13 +206,14 @@ class SSMMetaPolicy(nn.Module):
     def init_parameters(self,
                         seed: int): # the same seed gives the same parameters
         "Draw all parameters afresh, from a generator of its own: no global random state is touched."
-        g = torch.Generator().manual_seed(seed)
+        g = torch.Generator('cpu').manual_seed(seed)
+        normal = lambda parameter, std: parameter.copy_(torch.empty(parameter.shape, dtype=parameter.dtype, device='cpu').normal_(0, std, generator=g))  # the same on any device
         self.core.init_parameters(seed)
         with torch.no_grad():
             for layer, gain in ((self.encoder, 2.), (self.mixer, 1.), (self.action, .1), (self.value, .1)):
-                layer.weight.normal_(0, gain / math.sqrt(layer.in_features), generator=g)
+                normal(layer.weight, gain / math.sqrt(layer.in_features))
                 layer.bias.zero_()
-            self.encoder.bias.normal_(0, .5, generator=g)
+            normal(self.encoder.bias, .5)
             self.norm.weight.fill_(1), self.norm.bias.fill_(0)
             if not self.discrete: self.log_std.fill_(self.config.init_log_std)
 
@@ -267,6 +286,12 @@ class SSMMetaPolicy(nn.Module):
 
     def to_env(self,
                action: np.ndarray, # what the policy chose: [..., A] in units of half the action range, or int [...]
-              ) -> np.ndarray: # what the environment takes
-        "Scale an action to the environment's range: -1 and 1 become the bounds of a bounded Box, 0 the start of a Discrete space."
-        return action + self.action_space.start if self.discrete else self.action_centre + self.action_scale * action
+              ) -> np.ndarray: # what the environment takes, in the dtype of its space
+        "Scale an action to the environment's range: -1 and 1 become the bounds of a dimension, 0 the start of a Discrete space. Raises ValueError for nan."
+        if self.discrete: return (action + self.action_space.start).astype(self.action_space.dtype, copy=False)
+        centre, scale, low, high = self.units
+        action = (action.astype(np.float64) * scale + centre).clip(low, high)
+        kind = self.action_space.dtype
+        if kind.kind == 'f': return action.astype(kind)
+        if np.isnan(action).any(): raise ValueError(f'an action is nan, which is no member of {self.action_space}; check the policy that chose it')
+        return np.rint(action).astype(kind).clip(self.action_space.low, self.action_space.high)  # a float64 skips some large integers

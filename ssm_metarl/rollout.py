@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['SURROGATES', 'discounted_sum', 'masked_mean', 'Trajectories', 'action_noise', 'env_seeds', 'history', 'policy_inputs',
-           'require_finite', 'Rollout', 'collect', 'linear_baseline', 'gae', 'normalise', 'advantages',
-           'policy_surrogate', 'value_loss']
+           'require_finite', 'Rollout', 'collect', 'baseline_features', 'ridge_fit', 'linear_baseline', 'gae',
+           'normalise', 'advantages', 'policy_surrogate', 'value_loss']
 
 # %% ../nbs/03_rollout.ipynb #030003
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from math import isfinite
+from math import inf, isfinite, log1p
 
 import numpy as np
 import torch
@@ -147,7 +147,8 @@ class Rollout:
                  key: tuple = (), # further key of that stream: outer step, adaptation step, ...
                  start: int = 0, # global index of the first task
                  deterministic: bool = False, # the most likely action instead of a sample
-                 actor: Callable = None): # of parameters, gives a function of one step; None: `policy.actor`
+                 actor: Callable = None, # of parameters, gives a function of one step; None: `policy.actor`
+                 bootstrap: bool = False): # also fill `after`: the value of what would follow where the clock ends a trajectory
         if not tasks: raise ValueError('tasks is empty; give at least one, as sample_tasks does')
         M, K = self.shape = len(tasks), config.num_envs
         self.policy, self.actor, self.like, self.length, self.start = policy, actor or policy.actor, next(policy.parameters()), config.trial_length, start
@@ -161,6 +162,7 @@ class Rollout:
         self.episodes, self.ended, self.begins = config.episodes_per_trial, np.zeros((M, K), int), np.ones((M, K), bool)  # episodes of a trial; how many are over; whether one begins now
         self.past = self.like.new_zeros(M, K, policy.input_dim - policy.obs_dim)
         if policy.config.history: self.past[..., -1] = 1  # the first step starts an episode
+        self.after = self.like.new_zeros(M, K, self.length) if bootstrap else None
 
     def _tensor(self, x):  # device of the policy; its dtype too, unless x is bool
         return torch.from_numpy(x).to(self.like.device, torch.bool if x.dtype == bool else self.like.dtype)
@@ -189,14 +191,27 @@ class Rollout:
         obs = self._tensor(self.obs.reshape(*self.shape, -1))
         action, out, self.memory = act(torch.cat([obs, self.past], -1) if self.policy.config.history else obs, self.memory, self.noise[len(self.acted)])
         distribution = [out[k] for k in self.distribution]
-        if not isfinite(distribution[0].sum().item()): require_finite('action probabilities', distribution[0], start=self.start)
-        self.obs, *happened, _ = self.env.step(self.policy.to_env(action.cpu().numpy().reshape(self.env.num_envs, *action.shape[2:])))
+        if not isfinite(distribution[0].sum().item()): self._find_culprit(obs, distribution[0])
+        self.obs, *happened, info = self.env.step(self.policy.to_env(action.cpu().numpy().reshape(self.env.num_envs, *action.shape[2:])))
         reward, terminated, truncated = (x.reshape(self.shape) for x in happened)
         over = terminated | truncated
         self.ended += over
         self.begins = over & (self.ended < self.episodes)
+        if self.after is not None: self._look_ahead(act, action, reward, truncated & (self.ended == self.episodes), info)
         if self.policy.config.history: self.past = history(self.policy, action, self._tensor(reward), self._tensor(self.begins))
         self.acted.append((obs, action, out['value'], *distribution)), self.happened.append((reward, terminated, truncated))
+
+    def _find_culprit(self, obs, out):  # the environment, or the policy; a logit may be -inf
+        if not obs.isfinite().all():
+            m, k = (~obs.isfinite().all(-1)).nonzero(as_tuple=True)
+            raise FloatingPointError(f'observations of environments {(m * self.shape[1] + k).tolist()} (tasks {(m + self.start).tolist()}) are not finite at step {len(self.acted)}; look at these environments')
+        require_finite('action probabilities', out.logsumexp(-1) if self.policy.discrete else out, start=self.start)
+
+    def _look_ahead(self, act, action, reward, cut, info):  # one more step of the policy, as if the episode went on
+        if not cut.any(): return
+        t, obs = len(self.acted), self._tensor(info.get('final_obs', self.obs).reshape(*self.shape, -1))
+        if self.policy.config.history: obs = torch.cat([obs, history(self.policy, action, self._tensor(reward), self._tensor(np.zeros_like(cut)))], -1)
+        self.after[..., t] = act(obs, self.memory, self.noise[t])[1]['value'].masked_fill(~self._tensor(cut), 0)
 
     @torch.no_grad()
     def recompute_memory(self,
@@ -221,19 +236,54 @@ def collect(
     return Rollout(policy, tasks, config, purpose, key, start, deterministic, actor).run(params, config.trial_length)
 
 # %% ../nbs/03_rollout.ipynb #030055
+def _standardised(x, real):  # rows [M, F, n] with mean 0 and standard deviation 1 over the real steps; 0 where a row is constant
+    n = real.sum(-1, keepdim=True).clamp(min=1)
+    x = (x - x.sum(-1, keepdim=True) / n) * real
+    std = torch.linalg.vector_norm(x, dim=-1, keepdim=True) / n.sqrt()
+    return x.mul_(torch.where(std > 1e-10, 1 / std.clamp(min=1e-10), 0))  # what is smaller is rounding error
+
+
+def baseline_features(
+    traj: Trajectories, # of M tasks
+) -> Tensor: # [M, F, K T], float64; F = 2 O + 3; 0 where masked
+    "Time t, observation o, o^2, t^2 and t^3, each standardised over the real steps of its task; t comes first."
+    o, real = traj.obs.double().movedim(-1, 1), traj.mask.unsqueeze(1)  # [M, O, K, T]
+    t = torch.arange(o.shape[-1], dtype=o.dtype, device=o.device).expand_as(o[:, :1])
+    x, real = torch.cat([t, o], 1).masked_fill_(~real, 0).flatten(2), real.flatten(2).double()
+    x = x.div_(torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True).clamp(min=1e-300))  # so that no square overflows
+    z = _standardised(x, real)
+    return torch.cat([z, _standardised(torch.cat([z.square(), z[:, :1]**3], 1), real)], 1)
+
+# %% ../nbs/03_rollout.ipynb #030087
+def ridge_fit(
+    X: Tensor, # features, [M, F, n]
+    y: Tensor, # to be predicted, [M, 1, n]
+    penalty: Tensor, # p on the squared weights, [M, 1, 1]
+) -> tuple: # prediction [M, 1, n]; degrees of freedom [M, 1, 1]
+    "Ridge regression without a constant, as F equations or as n, whichever are fewer (Saunders et al., ICML 1998)."
+    wide = X.shape[1] > X.shape[2]
+    A = X.mT @ X if wide else X @ X.mT
+    A = A + penalty * torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(A).L)
+    freedom = A.shape[-1] - penalty * inverse.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
+    return y - penalty * (y @ inverse) if wide else y @ X.mT @ inverse @ X, freedom
+
+# %% ../nbs/03_rollout.ipynb #03008a
 def linear_baseline(
     traj: Trajectories, # of M tasks
     returns: Tensor, # discounted return from each step on, [M, K, T]
-    ridge: float = 1e-5, # regularisation per sample
+    ridge: float = 1e-2, # penalty, relative to the variance of a feature
 ) -> Tensor: # predicted return, [M, K, T], float64; 0 where masked
-    "Return as a linear function of (o, o^2, t, t^2, t^3, 1), fitted per task by ridge regression (Duan et al., ICML 2016)."
-    o, outside = traj.obs.double().movedim(-1, 1), ~traj.mask  # features before steps: [M, O, K, T]
-    t = (torch.arange(o.shape[-1], dtype=o.dtype, device=o.device) / 100).expand_as(o[:, :1])
-    X = torch.cat([o, o**2, t, t**2, t**3, torch.ones_like(t)], 1).masked_fill(outside.unsqueeze(1), 0).flatten(2)  # [M, F, K T]
-    y = returns.double().masked_fill(outside, 0).flatten(1).unsqueeze(-1)
-    penalty = ridge * X.shape[-1] * torch.eye(X.shape[1], dtype=o.dtype, device=o.device)
-    w = torch.linalg.solve(X @ X.mT + penalty, X @ y)  # [M, F, 1]
-    return (w.mT @ X).view_as(returns)
+    "Return as a linear function of (o, o^2, t, t^2, t^3, 1), fitted per task (Duan et al., ICML 2016) and shrunk to a line in t where the steps are few."
+    if 2 * traj.obs.shape[-1] > traj.mask[0].numel() and len(returns) > 1:  # images: one task at a time, to save memory
+        return torch.cat([linear_baseline(traj.of_tasks([m]), returns[m:m + 1], ridge) for m in range(len(returns))])
+    X, real = baseline_features(traj), traj.mask.flatten(1).unsqueeze(1)
+    n, y = real.double().sum(-1, keepdim=True).clamp(min=1), returns.double().flatten(1).unsqueeze(1).masked_fill(~real, 0)
+    t = X[:, :1]
+    line = y.sum(-1, keepdim=True) / n * real + y @ t.mT / n * t
+    fit, freedom = ridge_fit(X, y - line, ridge * n)
+    share = (1 - freedom / (n - 1).clamp(min=1)).clamp(min=0)
+    return torch.addcmul(line, share, fit).view_as(returns)
 
 # %% ../nbs/03_rollout.ipynb #030061
 def gae(
@@ -241,10 +291,12 @@ def gae(
     value: Tensor, # [..., T], 0 where masked
     gamma: float, # discount
     lam: float, # 1: return minus value; 0: one-step error
+    after: Tensor = None, # value of what would follow, where the clock ended a trajectory, 0 elsewhere, [..., T]; None: nothing follows
 ) -> Tensor: # advantage, [..., T]
-    "Generalised advantage estimate (Schulman et al., ICLR 2016); nothing is to come after the last step."
-    after = torch.cat([value[..., 1:], torch.zeros_like(value[..., :1])], -1)
-    return discounted_sum(reward + gamma * after - value, gamma * lam)
+    "Generalised advantage estimate (Schulman et al., ICLR 2016)."
+    follows = torch.cat([value[..., 1:], torch.zeros_like(value[..., :1])], -1)
+    if after is not None: follows = follows + after
+    return discounted_sum(reward + gamma * follows - value, gamma * lam)
 
 # %% ../nbs/03_rollout.ipynb #030065
 def normalise(
@@ -278,18 +330,21 @@ def policy_surrogate(
     kind: str = 'ratio', # 'ratio': pi / pi_old, low-variance curvature (Rothfuss et al., ICLR 2019); 'dice': all of the curvature (Foerster et al., ICML 2018; for advantages Farquhar et al., NeurIPS 2019); 'logprob': log pi
     clip: float = None, # PPO clipping of the ratio to 1 - clip .. 1 + clip; None: off
 ) -> Tensor: # loss to minimise, [M]: mean over the real steps of each task
-    "The policy-gradient loss, the only one in the library. Raises ValueError for another kind, or a clipped log-probability."
+    """The policy-gradient loss, the only one in the library. Raises ValueError for another kind, or a clipped log-probability.
+
+    Where PPO clips, no exponential is taken. Elsewhere one that overflows makes the loss infinite or nan as well, which every learner refuses (`require_finite`); saturating it would hide how far the policy has moved."""
     if kind not in SURROGATES: raise ValueError(f'kind={kind!r} is not one of {SURROGATES}')
     if clip is not None and kind != 'ratio': raise ValueError(f'clip={clip} needs a ratio, not kind={kind!r}; leave one of them out')
     change = logp if kind == 'logprob' else logp - logp_old.detach()
     change = change.masked_fill(~mask, 0)  # first of all, so that nothing after the end reaches the gradient, not even nan
+    if clip is not None:  # the smaller of ratio * advantage and clipped ratio * advantage, clipped before the exponential
+        lowest = log1p(-clip) if clip < 1 else -inf
+        change = torch.where(advantage >= 0, change.clamp(max=log1p(clip)), change.clamp(min=lowest))
     if kind == 'dice':  # a step weighs what its action adds to the ratio of the whole past
         past = change.cumsum(-1)
         weight = past.exp() - (past - change).exp()
     else: weight = change.exp() if kind == 'ratio' else change
-    gain = weight * advantage
-    if clip is not None: gain = torch.minimum(gain, weight.clamp(1 - clip, 1 + clip) * advantage)
-    return -masked_mean(gain, mask)
+    return -masked_mean(weight * advantage, mask)
 
 # %% ../nbs/03_rollout.ipynb #030075
 def value_loss(

@@ -1,4 +1,5 @@
 "Properties of `policy` and `rollout` that hold for any shape, mask and number."
+import time
 from dataclasses import fields, replace
 
 import numpy as np
@@ -129,6 +130,66 @@ def test_nothing_after_the_end_changes_a_loss_or_gradient(traj, filling):
     assert torch.equal(traj.returns, other.returns) and torch.equal(linear_baseline(traj, traj.reward), linear_baseline(other, other.reward))
 
 
+def squared_error(prediction, y, mask): return masked_mean((y - prediction)**2, mask)
+
+
+columns = st.lists(st.tuples(st.integers(-30, 30), st.sampled_from([0., 1., -30_000., 1e6]), st.booleans()), min_size=1, max_size=4)
+
+
+@given(experience(), columns, st.integers(-12, 12))
+def test_the_baseline_is_never_worse_than_the_mean_in_any_unit(traj, columns, unit):
+    "Columns in units from 1e-30 to 1e30, with offsets, two of them constant; returns in units from 1e-12 to 1e12."
+    noise = normal(5, *traj.reward.shape)
+    rows = [10.**power * (offset + varies * (noise + i * traj.obs[..., 0])) for i, (power, offset, varies) in enumerate(columns)]
+    two = [torch.full_like(noise, 1000.)] * 2
+    y = 10.**unit * traj.reward
+    fitted = linear_baseline(replace(traj, obs=torch.stack(rows + two, -1)), y)
+    mean = masked_mean(y, traj.mask)[:, None, None].expand_as(y)
+    assert (squared_error(fitted, y, traj.mask) <= squared_error(mean, y, traj.mask) * (1 + 1e-9)).all()
+
+
+def test_two_columns_of_1000_and_offsets_of_30000_change_no_baseline():
+    g = np.random.default_rng(0)
+    obs, y = torch.from_numpy(g.standard_normal((2, 8, 50, 2))), torch.from_numpy(g.standard_normal((2, 8, 50)))
+    zero, mask = torch.zeros(2, 8, 50), torch.ones(2, 8, 50).bool()
+    def fitted(obs): return linear_baseline(Trajectories(obs, zero, zero, mask, mask, mask, mask, mask, zero, zero), y)
+    torch.testing.assert_close(fitted(torch.cat([obs, torch.full((2, 8, 50, 2), 1000.)], -1)), fitted(obs), rtol=0, atol=1e-12)
+    torch.testing.assert_close(fitted(obs + 30_000), fitted(obs), rtol=0, atol=1e-8)
+    torch.testing.assert_close(fitted(obs * torch.tensor([1e-9, 1e9])), fitted(obs), rtol=0, atol=1e-12)
+    torch.testing.assert_close(fitted((obs + 30_000).float()), fitted(obs), rtol=0, atol=1e-2)  # float32 keeps 0.002
+
+
+def test_five_steps_do_not_lose_their_signal():
+    config, policy = EnvConfig('MetaGymToy-v0', 1, 5), make_policy('box')
+    traj = collect(policy, policy.get_params(), sample_tasks(config, 1) * 500, config)
+    G = discounted_sum(traj.reward, .99).double()
+    one = Trajectories(**{f.name: getattr(traj, f.name).flatten(0, 1)[None] for f in fields(traj)})
+    pooled = normalise(G - linear_baseline(one, G.flatten(0, 1)[None]).view_as(G), traj.mask)
+    assert (normalise(G - linear_baseline(traj, G), traj.mask) * pooled).mean() > .25  # a whole fit leaves -.05
+
+
+@pytest.mark.parametrize('features', [294, 27_648])  # MiniGrid's picture, and a third of CarRacing's
+def test_a_baseline_of_images_takes_seconds_at_most(features):
+    g = torch.Generator().manual_seed(0)
+    obs, y = torch.randn(1, 4, 50, features, generator=g), torch.randn(1, 4, 50, generator=g)
+    zero, mask = torch.zeros(1, 4, 50), torch.ones(1, 4, 50).bool()
+    start = time.perf_counter()
+    fitted = linear_baseline(Trajectories(obs, zero, zero, mask, mask, mask, mask, mask, zero, zero), y)
+    assert fitted.isfinite().all() and time.perf_counter() - start < 20
+
+
+def test_rollouts_without_noise_and_in_float64():
+    config, policy = EnvConfig('MetaGymToy-v0', 4, 6), make_policy('box')
+    params, tasks = stacked(policy, 3, 0), sample_tasks(config, 3)
+    quiet = collect(policy, params, tasks, config, deterministic=True)
+    torch.testing.assert_close(quiet.action, quiet.action[:, :1].expand_as(quiet.action))
+    exact = collect(make_policy('box').double(), {k: v.double() for k, v in params.items()}, tasks, config)
+    assert exact.logp.dtype == torch.float64
+    torch.testing.assert_close(exact.action.float(), collect(policy, params, tasks, config).action, rtol=0, atol=1e-4)
+    broken = params | {'mixer.bias': params['mixer.bias'].index_fill(0, torch.tensor(1), torch.nan)}
+    with pytest.raises(FloatingPointError, match=r'action probabilities of tasks \[1\] are not finite'): collect(policy, broken, tasks, config)
+
+
 @given(experience(), st.integers(1, 4))
 def test_longer_filling_changes_no_loss(traj, extra):
     def longer(x): return torch.cat([x, x.new_zeros(*x.shape[:2], extra, *x.shape[3:])], 2)
@@ -137,6 +198,7 @@ def test_longer_filling_changes_no_loss(traj, extra):
     torch.testing.assert_close(longer(A), B)
     torch.testing.assert_close(policy_surrogate(traj.logp, 0 * traj.logp, A, traj.mask), policy_surrogate(more.logp, 0 * more.logp, B, more.mask))
     torch.testing.assert_close(value_loss(traj.value, traj.reward, traj.mask), value_loss(more.value, more.reward, more.mask))
+    torch.testing.assert_close(longer(linear_baseline(traj, traj.reward)), linear_baseline(more, more.reward))
 
 
 @given(experience())
@@ -223,6 +285,47 @@ def test_a_pause_changes_nothing(cut):
     torch.testing.assert_close(rollout.run(params, 6 - cut).action, collect(policy, params, tasks, config).action, rtol=0, atol=1e-5)
 
 
+@given(st.booleans(), st.integers(1, 5))
+def test_the_value_after_the_clock_is_that_of_a_longer_episode(use_history, T):
+    policy = make_policy('box', history=use_history)
+    config = EnvConfig('MetaGymToy-v0', 1, T + 1)  # one trajectory: its noise does not depend on the length
+    params, tasks = stacked(policy, 3, 0), sample_tasks(config, 3)
+    longer, rollout = collect(policy, params, tasks, config), Rollout(policy, tasks, replace(config, time_limit=T), bootstrap=True)
+    traj = rollout.run(params, T)
+    torch.testing.assert_close(rollout.after[..., -1], longer.value[..., -1], rtol=0, atol=1e-6)
+    assert not rollout.after[..., :-1].any() and torch.equal(traj.value, longer.value[..., :-1])
+    returns = discounted_sum(traj.reward + .9 * rollout.after, .9)
+    torch.testing.assert_close(gae(traj.reward, traj.value, .9, 1., rollout.after), returns - traj.value)
+
+
+def test_nothing_follows_an_episode_that_the_task_ended():
+    policy, config = make_policy('box'), EnvConfig('MetaGymToy-v0', 1, 3)
+    still = {k: v * (not k.startswith('action.')) for k, v in policy.get_params().items()} | {'value.bias': torch.ones(1)}
+    rollout = Rollout(policy, [{'goal': np.zeros(2, np.float32)}, {'goal': np.full(2, .5, np.float32)}], config, deterministic=True, bootstrap=True)
+    traj = rollout.run(still, 3)
+    assert traj.terminated.any(-1).flatten().tolist() == [True, False]
+    assert not rollout.after[0].any() and (rollout.after[1, 0] != 0).tolist() == [False, False, True]
+
+
+def test_a_trial_is_cut_after_its_last_episode_only():
+    policy, config = make_policy('box', history=True), EnvConfig('MetaGymToy-v0', 2, 3, episodes_per_trial=2)
+    params, tasks = stacked(policy, 2, 0), sample_tasks(config, 2)
+    rollout = Rollout(policy, tasks, config, bootstrap=True)
+    traj, final = rollout.run(params, 5), {}
+    step = rollout.env.step
+    def remembered(actions):
+        result = step(actions)
+        final.update(result[-1])
+        return result
+    rollout.env.step = remembered
+    traj = rollout.run(params, 1)
+    inputs = policy_inputs(policy, traj)
+    last = torch.cat([torch.from_numpy(final['final_obs']).view(2, 2, 2), traj.action[..., -1, :], traj.reward[..., -1:], torch.zeros(2, 2, 1)], -1)
+    value = policy.functional(params, torch.cat([inputs, last.unsqueeze(2)], 2))['value']
+    torch.testing.assert_close(rollout.after[..., -1], value[..., -1], rtol=0, atol=1e-6)
+    assert not rollout.after[..., :-1].any()
+
+
 def test_errors_say_what_to_do():
     config, policy = EnvConfig('MetaGymToy-v0', 2, 4), make_policy('box')
     tasks = sample_tasks(config, 3)
@@ -233,3 +336,133 @@ def test_errors_say_what_to_do():
     x = torch.zeros(1, 1, 1)
     with pytest.raises(ValueError, match='not one of'): policy_surrogate(x, x, x, x.bool(), kind='vanilla')
     with pytest.raises(ValueError, match='needs a ratio'): policy_surrogate(x, x, x, x.bool(), kind='logprob', clip=.2)
+
+
+def boxes():
+    "Boxes of every dtype, each dimension bounded on two sides, on one, or not at all; some of the bounds are huge."
+    def make(dtype, ends, kinds):
+        dtype, bounds = np.dtype(dtype), []
+        for (low, high), (below, above) in zip(ends, kinds):
+            limits = np.finfo(dtype) if dtype.kind == 'f' else np.iinfo(dtype)
+            low, high = sorted((max(min(x, limits.max), limits.min) for x in (low, high)))
+            if dtype.kind == 'f': low, high = low if below else -np.inf, high if above else np.inf
+            bounds.append((dtype.type(low), dtype.type(high)))
+        low, high = (np.array(x, dtype) for x in zip(*bounds))
+        return spaces.Box(low, high, dtype=dtype)
+    number = st.one_of(st.integers(-300, 300), st.sampled_from([2**31 - 1, -2**63, 2**63 - 1, 2**64 - 1, 10**30]))
+    pairs = st.lists(st.tuples(number, number), min_size=3, max_size=3)
+    return st.builds(make, st.sampled_from(['f2', 'f4', 'f8', 'i1', 'u1', 'i4', 'i8', 'u8']), pairs, st.lists(st.tuples(st.booleans(), st.booleans()), min_size=3, max_size=3))
+
+
+def policy_in(space): return SSMMetaPolicy(spaces.Box(-1, 1, (2,), np.float32), space, PolicyConfig(8, 4))
+
+
+@settings(max_examples=60)
+@given(boxes(), seeds)
+def test_every_action_is_a_member_of_its_box(space, seed):
+    policy = policy_in(space)
+    chosen = np.concatenate([np.float32(10.**np.arange(-2, 12))[:, None] * np.random.default_rng(seed).standard_normal((14, 3)), np.zeros((1, 3)), np.ones((1, 3)), -np.ones((1, 3))]).astype(np.float32)
+    for dtype in (np.float32, np.float64):
+        taken = policy.to_env(chosen.astype(dtype))
+        assert all(space.contains(a) for a in taken)
+    both, low, high = space.bounded_below & space.bounded_above, space.low.astype(float), space.high.astype(float)
+    off = np.abs(taken[[-1, -2]].astype(float) - [low, high])[:, both]  # -1 and 1 are the bounds
+    assert (off <= (2.**-9 if space.dtype == np.float16 else 1e-6) * np.maximum(np.abs(low), np.abs(high))[both]).all()
+
+
+@given(st.integers(1, 5), st.integers(-10, 10), st.sampled_from(['i1', 'i4', 'i8', 'u1']))
+def test_every_action_is_a_member_of_its_discrete_space(n, start, dtype):
+    space = spaces.Discrete(n, start=abs(start) if dtype == 'u1' else start, dtype=np.dtype(dtype).type)
+    assert all(space.contains(a) for a in policy_in(space).to_env(np.arange(n)))
+
+
+def test_clipped_actions_keep_their_log_probability():
+    config = EnvConfig('MetaGymToy-v0', 4, 10)
+    policy, taken = make_policy('box', init_log_std=1.), []
+    rollout = Rollout(policy, sample_tasks(config, 2), config)
+    step = rollout.env.step
+    rollout.env.step = lambda actions: taken.append(actions) or step(actions)
+    traj = rollout.run(policy.get_params(), 10)
+    assert (traj.action.abs() > 1).any() and all(spaces_of['box'].contains(a) for actions in taken for a in actions)
+    out = policy.functional(policy.get_params(), traj.obs)
+    normal = distributions.Independent(distributions.Normal(out['mean'], out['log_std'].exp()), 1)
+    torch.testing.assert_close(normal.log_prob(traj.action), traj.logp, rtol=0, atol=1e-4)
+
+
+def test_empty_spaces_are_refused():
+    empty, plane = spaces.Box(-1, 1, (0,), np.float32), spaces.Box(-1, 1, (2,), np.float32)
+    with pytest.raises(ValueError, match='not a one-dimensional Box'): SSMMetaPolicy(empty, plane)
+    with pytest.raises(ValueError, match='neither a one-dimensional Box nor Discrete'): SSMMetaPolicy(plane, empty)
+
+
+@given(st.lists(st.booleans(), min_size=5, max_size=5).filter(lambda allowed: any(allowed)), seeds)
+def test_actions_that_are_not_allowed_count_for_nothing(allowed, seed):
+    "Entropy, divergence and log-probability, with first and second derivatives: as if the forbidden actions were not there."
+    allowed = torch.tensor(allowed)
+    x, y = normal([seed, 0], 5).requires_grad_(), normal([seed, 1], 5)
+    def results(keep):
+        p, q = ({'logits': keep(v)} for v in (x, y))
+        value = entropy(p) + kl_divergence(p, q) + kl_divergence(q, p) + action_log_prob(p, torch.tensor(0))
+        slope, = torch.autograd.grad(value, x, create_graph=True)
+        return value, slope, torch.autograd.grad((slope * y).sum(), x)[0]
+    first = allowed.nonzero()[0]  # allowed, and the action whose log-probability we take
+    order = torch.cat([first, torch.tensor([i for i in range(5) if i != first])])
+    masked = results(lambda v: v.masked_fill(~allowed, -torch.inf)[order])
+    for a, b in zip(masked, results(lambda v: v[order][allowed[order]])): torch.testing.assert_close(a, b)
+
+
+def test_masked_logits_roll_out():
+    class Masked(SSMMetaPolicy):
+        def stepper(self, params=None):
+            step = super().stepper(params)
+            def masked(obs, state):
+                out, state = step(obs, state)
+                return out | dict(logits=out['logits'].index_fill(-1, torch.tensor(0), -torch.inf)), state
+            return masked
+
+    config = EnvConfig('MetaCartPole-v0', 3, 5)
+    policy = Masked(config.family.observation_space, config.family.action_space, PolicyConfig(8, 4))
+    traj = collect(policy, policy.get_params(), sample_tasks(config, 2), config)
+    assert (traj.action == 1).all() and not traj.logp.any()
+
+
+def test_parameters_land_on_the_default_device():
+    with torch.device('meta'): there = [make_policy(kind, core=core) for kind in spaces_of for core in ('ssm', 'none')]
+    assert all(p.device.type == 'meta' for policy in there for p in policy.parameters())
+    with torch.device('cpu'): here = make_policy('box')
+    for k, v in make_policy('box').get_params().items(): assert torch.equal(v, here.get_params()[k])
+
+
+def test_a_policy_config_takes_numpy_numbers():
+    config = PolicyConfig(np.int64(8), np.int32(4), init_log_std=np.float32(-.5), history=np.bool_(True))
+    assert config == PolicyConfig(8, 4, init_log_std=-.5, history=True) and all(type(v) in (int, float, str, bool) for v in vars(config).values())
+
+
+def test_nan_observations_are_those_of_an_environment():
+    config, policy = EnvConfig('MetaGymToy-v0', 2, 5), make_policy('box')
+    rollout = Rollout(policy, sample_tasks(config, 3), config, start=10)
+    step = rollout.env.step
+    def spoiled(actions):
+        obs, *rest = step(actions)
+        obs[3, 1] = np.nan
+        return obs, *rest
+    rollout.env.step = spoiled
+    with pytest.raises(FloatingPointError, match=r'observations of environments \[3\] \(tasks \[11\]\) are not finite at step 1'): rollout.run(policy.get_params(), 5)
+
+
+def test_a_log_ratio_of_a_hundred_behind_the_clip():
+    one, old = torch.tensor([[[100., 0.]]], requires_grad=True), torch.zeros(1, 1, 2)
+    loss = policy_surrogate(one, old, torch.ones(1, 1, 2), old == 0, clip=.2)
+    assert loss.item() == pytest.approx(-1.1) and torch.autograd.grad(loss, one)[0].tolist() == [[[0., -.5]]]
+    loss = policy_surrogate(-one, old, -torch.ones(1, 1, 2), old == 0, clip=.2)
+    assert loss.item() == pytest.approx(.9) and torch.autograd.grad(loss, one)[0].tolist() == [[[0., -.5]]]
+
+
+@settings(max_examples=60)
+@given(st.lists(st.floats(-200, 200, width=32), min_size=4, max_size=4), st.lists(st.sampled_from([-1., 0., 1.]), min_size=4, max_size=4), st.sampled_from([*((k, None) for k in SURROGATES), ('ratio', .2), ('ratio', 3.)]))
+def test_a_finite_loss_has_finite_derivatives(change, advantage, kind):
+    logp, old = torch.tensor(change).view(1, 1, 4).requires_grad_(), torch.zeros(1, 1, 4)
+    loss = policy_surrogate(logp, old, torch.tensor(advantage).view(1, 1, 4), old == 0, *kind)
+    slope, = torch.autograd.grad(loss, logp, create_graph=True)
+    if loss.isfinite(): assert slope.isfinite().all()
+    if loss.isfinite() and slope.requires_grad: assert torch.autograd.grad(slope.sum(), logp)[0].isfinite().all()
