@@ -1,24 +1,27 @@
 "Properties of `envs` that hold for any number of environments, seed, task and order of events."
 import copy
+import importlib.util
 import json
 import pickle
+import subprocess
+import sys
 import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
 from ssm_metarl.env_checks import check_family, check_vector_env, play_on
-from ssm_metarl.envs import (FAMILIES, SPLITS, EnvBatch, EnvConfig, Family, Luck, PointNavigation, TaskDistribution, TaskEnv, checksum_split, play_actions, register_family,
-                             sample_tasks, splitmix64, stack_tasks, stream, uniform_numbers, unregister_family, unstack_tasks)
+from ssm_metarl.envs import (FAMILIES, SPLITS, BatchMember, EnvBatch, EnvConfig, Family, Luck, PointNavigation, ResetNeeded, TaskDistribution, TaskEnv, UnknownOption,
+                             checksum_split, play_actions, register_family, sample_tasks, splitmix64, stack_tasks, stream, uniform_numbers, unregister_family, unstack_tasks)
 
 few = settings(max_examples=25, deadline=None, derandomize=True)
 
@@ -363,6 +366,319 @@ def test_do_nothing_and_oracle():
         env.reset()
         total = sum(env.step(getattr(env.family, player)(env.state, env.tasks))[1] for _ in range(100))
         assert abs(total.mean() - exact) < 3 * total.std() / 5000**.5 + .005
+
+
+# Gymnasium's conventions, on every family: what its own tests of vector environments ask for.
+
+EVERY = [pytest.param(name, marks=pytest.mark.skipif('Cheetah' in name and not importlib.util.find_spec('mujoco'), reason='needs MuJoCo')) for name in FAMILIES]
+every = pytest.mark.parametrize('name', EVERY)
+every_mode = pytest.mark.parametrize('mode', list(AutoresetMode))
+
+
+def some_actions(env, T, seed=0):
+    env.action_space.seed(seed)
+    return [env.action_space.sample() for _ in range(T)]
+
+
+def same_task(a, b): return a.keys() == b.keys() and all(np.array_equal(np.float32(a[k]), np.float32(b[k])) for k in a)
+
+
+@every
+@every_mode
+def test_each_autoreset_mode_is_that_of_gymnasiums_loop(name, mode):
+    "Numbers and info, over several episodes, with a partial reset on the way."
+    config = EnvConfig(name, 3, 4)
+    ours = EnvBatch(config, autoreset_mode=mode)
+    theirs = SyncVectorEnv([lambda task=task: TaskEnv(config, task) for task in ours.get_tasks()], autoreset_mode=mode)
+    assert ours.autoreset_mode == ours.metadata['autoreset_mode'] == theirs.metadata['autoreset_mode'] == mode
+    np.testing.assert_allclose(ours.reset(seed=5)[0], theirs.reset(seed=5)[0], 1e-5, 1e-5)
+    for t, action in enumerate(some_actions(ours, 11)):
+        (*got, info), (*wanted, said) = (env.step(action) for env in (ours, theirs))
+        for x, y in zip(got, wanted, strict=True): np.testing.assert_allclose(x, y, 1e-5, 1e-5)
+        over = got[2] | got[3]
+        assert info.keys() == said.keys() and bool(info) == (mode == AutoresetMode.SAME_STEP and over.any())
+        if info:
+            assert info['final_obs'].dtype == said['final_obs'].dtype and info['final_info'] == said['final_info'] == {}
+            for key in ('_final_obs', '_final_info'): np.testing.assert_array_equal(info[key], said[key])
+            for x, y in zip(info['final_obs'], said['final_obs'], strict=True): assert (x is None) == (y is None) and (x is None or np.allclose(x, y, 1e-5, 1e-5))
+        masks = [over] if mode == AutoresetMode.DISABLED and over.any() else [np.array([True, False, True])] if t == 5 else []
+        for mask in masks: np.testing.assert_allclose(*[env.reset(options={'reset_mask': mask})[0] for env in (ours, theirs)], 1e-5, 1e-5)
+    ours.close()
+
+
+@every
+def test_what_is_over_is_not_stepped_unless_it_freezes(name):
+    config = EnvConfig(name, 2, 3)
+    strict, frozen, single = EnvBatch(config), EnvBatch(config, freeze=True), TaskEnv(config)
+    actions = some_actions(strict, 5)
+    play_actions(strict, actions[:3]), play_actions(frozen, actions[:3]), single.reset()
+    for action in actions[:3]: *_, terminated, truncated, _ = single.step(action[0])
+    assert terminated or truncated
+    for env, action in ((strict, actions[3]), (single, actions[3][0])):
+        for kind in (ResetNeeded, RuntimeError, gym.error.ResetNeeded):
+            with pytest.raises(kind, match=r'environments \[0.* are over; reset them'): env.step(action)
+    _, reward, *ends, _ = frozen.step(actions[3])
+    assert not reward.any() and np.logical_or(*ends).all()
+    strict.reset(options={'reset_mask': np.array([True, False])})
+    with pytest.raises(ResetNeeded, match=r'environments \[1\] are over'): strict.step(actions[3])
+    for env in (strict, frozen, single): env.close()
+
+
+@pytest.mark.parametrize('mode', [AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP])
+def test_freezing_is_for_disabled_autoreset(mode):
+    with pytest.raises(ValueError, match='freeze=True: with autoreset_mode=.* nothing stays over'): EnvBatch(EnvConfig(), autoreset_mode=mode, freeze=True)
+
+
+def test_make_vec_starts_again_in_the_same_step():
+    env = gym.make_vec('MetaCartPole-v0', 2, time_limit=3)
+    env.reset(seed=0)
+    steps = [env.step(np.array([0, 1])) for _ in range(5)]
+    assert [step[1].tolist() for step in steps] == [[1, 1]] * 5 and [step[3].all() for step in steps] == [False, False, True, False, False]
+    assert gym.make_vec('MetaCartPole-v0', 2, autoreset_mode='NextStep').autoreset_mode == AutoresetMode.NEXT_STEP
+
+
+@every
+def test_seeds(name):
+    "s means s + i, a list is taken as it is; without a seed, the environment's own seeds say how to do it again."
+    env = EnvBatch(EnvConfig(name, 3, 5, seed=4))
+    actions = some_actions(env, 5)
+    for seed, seeds in ((7, (7, 8, 9)), ([4, 2**40, 1], (4, 2**40, 1))):
+        first, second = (play_actions(env, actions, s) for s in (seed, list(seeds)))
+        assert env.np_random_seed == seeds == env.get_attr('np_random_seed') and all(type(s) is int for s in env.np_random_seed)
+        assert_same(first, second)
+    fresh, again = EnvBatch(env.config), EnvBatch(env.config)
+    unseeded = play_actions(fresh, actions)
+    assert_same(unseeded, play_actions(again, actions, list(fresh.np_random_seed)))
+    assert_same(unseeded, play_actions(EnvBatch(env.config), actions))
+    env.reset(seed=[None, 3, None], options={'reset_mask': np.array([False, True, False])})
+    assert env.np_random_seed == (4, 3, 1)
+    single = gym.make(name, seed=1)
+    single.reset(seed=5)
+    assert single.np_random_seed == 5
+
+
+@every
+def test_call_get_attr_and_set_attr(name):
+    env = gym.make_vec(name, 3, time_limit=5)
+    env.reset(seed=1)
+    assert env.get_attr('action_space') == (env.single_action_space,) * 3 and env.get_attr('elapsed_steps') == (0, 0, 0)
+    assert env.call('sample_tasks', 1)[0][0].keys() == env.get_attr('task')[0].keys() and env.get_attr('spec') == (env.spec,) * 3
+    for a, b in zip(env.get_attr('task'), env.get_tasks(), strict=True): assert same_task(a, b)
+    for a, b in zip(env.call('get_task'), env.get_attr('get_task'), strict=True): assert same_task(a, b)
+    new = env.sample_tasks(3, step=9)
+    for values, wanted in ((new, new), (new[1], [new[1]] * 3)):
+        env.set_attr('task', values)
+        for a, b in zip(env.get_attr('task'), wanted, strict=True): assert same_task(a, b)
+    env.call('set_task', new[0])
+    assert all(same_task(task, new[0]) for task in env.get_tasks())
+    with pytest.raises(RuntimeError, match='have a new task'): env.step(env.action_space.sample())
+    env.reset()
+    with pytest.raises(ValueError, match='2 tasks for 3 environments'): env.set_attr('task', new[:2])
+    for get in (env.get_attr, env.call):
+        with pytest.raises(AttributeError, match='nowhere'): get('nowhere')
+    env.close()
+
+
+def test_unknown_attributes_are_refused_with_those_that_there_are():
+    env = EnvBatch(EnvConfig(num_envs=2))
+    assert env.get_attr('state') == (None, None)
+    with pytest.raises(AttributeError, match="'speed' is unknown; an environment of EnvBatch has action_space, .*state, task"): env.call('speed')
+    with pytest.raises(AttributeError, match="'state' cannot be set; .* only 'task' can"): env.set_attr('state', 0)
+    with pytest.raises(AttributeError, match="'__init__' is unknown"): env.call('__init__')
+    env.reset()
+    env.get_attr('state')[0][:] = 9  # a copy
+    assert not env.state.any() and set(BatchMember.names()) >= {'task', 'state', 'render', 'spec', 'np_random_seed', 'elapsed_steps'}
+
+
+@every
+def test_what_is_closed_stays_closed(name):
+    env, single = EnvBatch(EnvConfig(name, 2)), TaskEnv(EnvConfig(name))
+    env.reset()
+    action = env.action_space.sample()
+    env.close(), env.close(), single.close()
+    assert env.closed
+    for call in (env.reset, lambda: env.step(action), env.render, lambda: env.call('task'), lambda: env.get_attr('task'), lambda: env.set_attr('task', []), single.reset):
+        for kind in (RuntimeError, gym.error.ClosedEnvironmentError):
+            with pytest.raises(kind, match='is closed; make a new one'): call()
+
+
+@every
+def test_a_spec_is_text_and_makes_the_same_again(name):
+    single, vector, loop = gym.make(name, time_limit=7, seed=3), gym.make_vec(name, 2, time_limit=7, seed=3), gym.make_vec(name, 2, vectorization_mode='sync', time_limit=7)
+    for env in (single, vector, loop):
+        spec = gym.envs.registration.EnvSpec.from_json(env.spec.to_json())
+        assert spec.id == name and spec.kwargs['env_name'] == name and spec.kwargs['time_limit'] == 7
+        twin = gym.make(spec) if env is single else gym.make_vec(spec)
+        assert type(twin.unwrapped) is type(env.unwrapped) and twin.action_space == env.action_space
+        if env is not loop: assert_same([env.reset()[0]], [twin.reset()[0]])
+        env.close(), twin.close()
+    json.loads(gym.spec(name).to_json())
+
+
+@every
+def test_an_unknown_option_is_an_error_of_both_kinds(name):
+    "So that tools which try arguments out take it for a no, with the text that they look for."
+    makers = [lambda **o: gym.make(name, **o), lambda **o: gym.make_vec(name, 2, **o), lambda **o: EnvConfig(name, options=o)]
+    for make in makers:
+        for kind in (TypeError, ValueError, UnknownOption):
+            with pytest.raises(kind, match=f"unexpected keyword argument 'frameskip'; options of '{name}' are "): make(frameskip=4)
+    for make in makers[:2]:
+        make(render_mode=None).close()
+        for kind in (TypeError, ValueError):
+            with warnings.catch_warnings(), pytest.raises(kind, match="render_mode='ansi'"):
+                warnings.simplefilter('ignore')
+                make(render_mode='ansi')
+    if not EnvConfig(name).family.render_fps:
+        for make in makers[:2]:
+            with pytest.raises(UnknownOption, match="render_mode='rgb_array': .* draws no pictures"): make(render_mode='rgb_array')
+
+
+def test_an_error_from_inside_a_family_is_not_taken_for_an_option():
+    @register_family('EnvsTestInside-v0')
+    class Inside(PointNavigation):
+        def __init__(self, size=2): self.size = len(size)
+
+    with pytest.raises(TypeError, match='has no len') as caught: EnvConfig('EnvsTestInside-v0')
+    assert not isinstance(caught.value, UnknownOption)
+    unregister_family('EnvsTestInside-v0')
+
+
+def test_numpy_numbers_in_a_config_become_pythons():
+    config = EnvConfig('MetaBandit-v0', np.int64(2), np.int32(30), np.uint8(1), {'arms': np.int64(3), 'dependent': np.bool_(False)}, np.int16(2))
+    assert config == EnvConfig('MetaBandit-v0', 2, 30, 1, {'arms': 3, 'dependent': False}, 2) and json.loads(json.dumps(asdict(config))) == asdict(config)
+    assert type(EnvConfig(options={'rotation': np.float64(1)}).options['rotation']) is float
+    for options in ({'rotation': np.ones(2)}, {'rotation': object()}, {'rotation': [np.ones(2)]}):
+        with pytest.raises(ValueError, match=r"options\['rotation'\].* is of type .*; a config holds numbers"): EnvConfig(options=options)
+    for name in ('num_envs', 'time_limit', 'episodes_per_trial', 'seed'):
+        with pytest.raises(ValueError, match=f'{name}=True is not'): EnvConfig(**{name: True})
+
+
+# Who makes an environment without a seed gets another one each time; the seed of `reset` decides all, the task too.
+
+MAKERS = [lambda name, **o: gym.make(name, **o), lambda name, **o: gym.make_vec(name, 3, **o), lambda name, **o: gym.make_vec(name, 3, vectorization_mode='sync', **o)]
+KINDS = pytest.mark.parametrize('make', MAKERS, ids=['single', 'vector', 'sync'])
+
+
+def tasks_of(env): return env.get_attr('task') if isinstance(env.unwrapped, VectorEnv) else (env.unwrapped.get_task(),)
+
+
+def goals_of(env): return [tuple(task['goal'].tolist()) for task in tasks_of(env)]
+
+
+@KINDS
+def test_without_a_seed_each_copy_has_another_task_and_start(make):
+    envs = [make('MetaGymToy-v0') for _ in range(3)]
+    for env in envs: env.reset()
+    goals = [goal for env in envs for goal in goals_of(env)]
+    assert len(set(goals)) == len(goals) and all(checksum_split({'goal': goal}) == 'train' for goal in goals)
+    starts = [make('EnvsTestWalk-v0').reset()[0] for _ in range(3)]
+    assert len({x.tobytes() for x in starts}) == 3
+    for env in envs: before = goals_of(env), env.reset(), goals_of(env); assert before[0] == before[2]  # a reset alone keeps the task
+
+
+@KINDS
+def test_the_seed_of_reset_decides_task_and_start(make):
+    one, two = make('EnvsTestWalk-v0'), make('EnvsTestWalk-v0')
+    for seed in (3, 11, 3):
+        assert_same([one.reset(seed=seed)[0]], [two.reset(seed=seed)[0]])
+        assert goals_of(one) == goals_of(two) == [tuple(sample_tasks(EnvConfig('EnvsTestWalk-v0', seed=seed + i), 1)[0]['goal'].tolist()) for i in range(len(goals_of(one)))]
+    one.reset(seed=4)
+    assert goals_of(one) != goals_of(two)
+
+
+@KINDS
+def test_with_a_seed_made_is_made_again(make):
+    one, two = (make('EnvsTestWalk-v0', seed=3) for _ in range(2))
+    assert_same([one.reset()[0]], [two.reset()[0]])
+    before = goals_of(one)
+    one.reset(seed=9)
+    assert goals_of(one) == goals_of(two) == before  # the seed of make decides the task
+
+
+@KINDS
+@pytest.mark.parametrize('seed', [None, 3])
+def test_a_new_task_for_each_episode(make, seed):
+    env = make('MetaGymToy-v0', time_limit=2, new_task_on_reset=True, seed=seed)
+    seen = []
+    for s in (5, None, None, 5, None):
+        env.reset(seed=s)
+        seen.append(goals_of(env))
+    assert seen[0] == seen[3] and seen[1] == seen[4] and len({goal for goals in seen[:3] for goal in goals}) == 3 * len(seen[0])
+    assert seen[1][0] == tuple(sample_tasks(EnvConfig(seed=5), 2)[1]['goal'].tolist())  # the second training task of that seed
+
+
+@every
+@every_mode
+def test_a_new_task_after_each_end(name, mode):
+    "Also by autoreset, with the rewards of that task: as if each environment were alone, and reset by hand."
+    batch = gym.make_vec(name, 2, time_limit=3, new_task_on_reset=True, autoreset_mode=mode)
+    loop = gym.make_vec(name, 2, vectorization_mode='sync', vector_kwargs={'autoreset_mode': mode}, time_limit=3, new_task_on_reset=True)
+    first = batch.reset(seed=2)[0]
+    np.testing.assert_allclose(first, loop.reset(seed=2)[0], 1e-5, 1e-5)
+    before = batch.get_tasks()
+    for action in some_actions(batch, 8):
+        (*got, _), (*wanted, _) = batch.step(action), loop.step(action)
+        for x, y in zip(got, wanted, strict=True): np.testing.assert_allclose(x, y, 1e-5, 1e-5)
+        over = got[2] | got[3]
+        if mode == AutoresetMode.DISABLED and over.any():
+            for env in (batch, loop): env.reset(options={'reset_mask': over.copy()})
+        for a, b in zip(batch.get_tasks(), loop.get_attr('task'), strict=True): assert same_task(a, b)
+    if name != 'MetaHalfCheetahDir-v0': assert not same_task(before[0], batch.get_tasks()[0])  # that one has two tasks in all
+    batch.close(), loop.close()
+
+
+def test_a_task_that_was_set_stays():
+    task = {'goal': np.float32([.1, .2])}
+    env = gym.make('MetaGymToy-v0')
+    env.reset(seed=0)
+    env.unwrapped.set_task(task)
+    for seed in (None, 1, None): env.reset(seed=seed); assert same_task(env.unwrapped.get_task(), task)
+    env = gym.make('MetaGymToy-v0', new_task_on_reset=True)  # for one episode
+    env.reset(seed=0, options={'task': task})
+    assert same_task(env.unwrapped.get_task(), task)
+    env.reset()
+    assert same_task(env.unwrapped.get_task(), sample_tasks(EnvConfig(seed=0), 2)[1])
+    with pytest.raises(ValueError, match='tasks are given, so no environment draws its own'): EnvBatch(EnvConfig(num_envs=1), [task], new_task_on_reset=True)
+
+
+def test_a_batch_of_a_config_stays_reproducible():
+    one, two = (EnvBatch(EnvConfig('EnvsTestWalk-v0', 3)) for _ in range(2))
+    assert_same([one.reset()[0], *[t['goal'] for t in one.get_tasks()]], [two.reset()[0], *[t['goal'] for t in two.get_tasks()]])
+
+
+def run_python(code): return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split()
+
+
+def test_importing_the_package_registers_and_imports_nothing_heavy():
+    assert run_python("import ssm_metarl, sys, gymnasium as gym; print('MetaCartPole-v0' in gym.registry, 'torch' in sys.modules, 'ssm_metarl.control' in sys.modules)") == ['True', 'False', 'False']
+    assert run_python("import gymnasium as gym, sys; env = gym.make('ssm_metarl:MetaCartPole-v0'); env.reset(); print('torch' in sys.modules)") == ['False']
+    assert run_python("import gymnasium as gym; print(gym.make_vec('ssm_metarl:MetaBandit-v0', 2).num_envs)") == ['2']
+
+
+# Pictures.
+
+DRAWN = ['MetaGymToy-v0', 'MetaCartPole-v0', 'MetaPendulum-v0']
+
+
+@pytest.mark.parametrize('name', DRAWN)
+def test_pictures(name):
+    env = gym.make_vec(name, 3, render_mode='rgb_array', time_limit=20)
+    single = gym.make(name, render_mode='rgb_array')
+    assert env.metadata['render_modes'] == ['rgb_array'] and env.metadata['render_fps'] > 0 and env.render_mode == single.render_mode == 'rgb_array'
+    with pytest.raises(ResetNeeded, match='nothing to show yet'): env.render()
+    env.reset(seed=1), single.reset(seed=1)
+    for action in some_actions(env, 4):
+        before = env.state
+        frames = env.render()
+        assert len(frames) == 3 and all(f.dtype == np.uint8 and f.shape == frames[0].shape and f.shape[2] == 3 for f in frames)
+        assert env.state is before and f'{frames[0].shape}' == f'{single.render().shape}'
+        np.testing.assert_array_equal(frames[0], single.render())
+        assert_same(frames, env.call('render'))
+        assert not np.array_equal(frames[0], frames[1])  # another task or start, to be seen
+        env.step(action), single.step(action[0])
+    quiet = EnvBatch(EnvConfig(name, 2))
+    quiet.reset()
+    with pytest.warns(UserWarning, match='no render mode'): assert quiet.render() is None
 
 
 class Defect(VectorEnv):
