@@ -20,7 +20,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from paired import main
 
 from ssm_metarl.envs import EnvConfig, sample_tasks
-from ssm_metarl.maml import MetaMAML, returns_variance
+from ssm_metarl.maml import MetaMAML, mean_steps, returns_variance
 from ssm_metarl.pipeline import CONFIGS
 from ssm_metarl.policy import action_log_prob
 from ssm_metarl.rollout import Trajectories, advantages, discounted_sum
@@ -109,11 +109,11 @@ def meta_steps(core, first_order, dtype=torch.float32, compiled=False):
     ours = learner(core, dtype, first_order=first_order, compile=compiled)
     tasks = sample_tasks(ours.env, 20)
     ((support, A), (query, A_query)), _ = ours.collect_all(tasks)
-    scale, names = returns_variance(query, .99), list(ours.params)
+    scale, steps, names = returns_variance(query, .99), torch.stack([mean_steps(support), mean_steps(query)]), list(ours.params)
     def stacked():
         ours.optimizer.zero_grad()
-        if compiled: ours.accumulate_compiled([(support, A)], query, A_query, scale, {}, 20, 0)
-        else: ours.accumulate(*ours.outer_loss([(support, A)], query, A_query, scale)[:2], 20)
+        if compiled: ours.accumulate_compiled(([(support, A)], query, A_query, scale, {}, steps), 20)
+        else: ours.accumulate(*ours.outer_loss([(support, A)], query, A_query, scale, steps=steps)[:2], 20)
         return [ours.params[k].grad for k in names]
     def loop():
         ours.optimizer.zero_grad()

@@ -24,7 +24,13 @@ def gradient_step(
     lr: float | dict, # alpha, size of the step; or name -> size, a number or a tensor [...], of the parameters that move
     create_graph: bool = False, # True: the result can be differentiated back to `params`, through the gradient
 ) -> dict: # adapted parameters, [M, ...]
-    "One step of gradient descent for each task, phi = theta - alpha grad L(theta) (Finn, Abbeel and Levine, ICML 2017)."
+    "One step of gradient descent for each task, phi = theta - alpha grad L(theta) (Finn, Abbeel and Levine, ICML 2017). Raises ValueError if nothing would move, or if a name is unknown."
     lr = lr if isinstance(lr, dict) else dict.fromkeys(params, lr)
-    grads = torch.autograd.grad(loss.sum(), [params[k] for k in lr], create_graph=create_graph, retain_graph=True, allow_unused=True)  # the loss may be needed again
+    if unknown := [k for k in lr if k not in params]:
+        raise ValueError(f'lr names {", ".join(unknown)}; the parameters are {", ".join(params)}'[:300])
+    chosen = [params[k] for k in lr]
+    if not (loss.requires_grad and any(p.requires_grad for p in chosen)): grads = [None]
+    else: grads = torch.autograd.grad(loss.sum(), chosen, create_graph=create_graph, retain_graph=True, allow_unused=True)  # the loss may be needed again
+    if all(g is None for g in grads):
+        raise ValueError(f'the loss depends on none of {", ".join(lr) or "no parameters"}, so a step would move nothing; make it from `params`, which must require gradients'[:300])
     return params | {k: params[k] - lr[k] * g for k, g in zip(lr, grads) if g is not None}

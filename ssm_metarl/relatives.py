@@ -19,16 +19,26 @@ from .rollout import Trajectories
 
 # %% ../nbs/04a_relatives.ipynb #04a0015
 class Reptile(MetaMAML):
-    "Move the start towards where several inner steps lead (Nichol, Achiam and Schulman, 2018), by Adam along (theta - phi) / alpha; second derivatives, clip and entropy bonus have no part in it. Raises ValueError for one inner step, or a trust region."
+    "Move the start towards where several inner steps lead (Nichol, Achiam and Schulman, 2018), by Adam along (theta - phi) / alpha; second derivatives, clip and entropy bonus have no part in it. Raises ValueError for one inner step."
+
+    first_order = True
+
+    @classmethod
+    def used_fields(cls, config):
+        ignored = {'first_order', 'outer', 'clip', 'max_kl', 'entropy_coef', 'entropy_fade', 'exploration_term'}
+        return super().used_fields(replace(config, outer='ppo')) - ignored
+
+    @classmethod
+    def check_config(cls, config):
+        super().check_config(config)
+        if config.inner_steps < 2: raise ValueError(f'inner_steps={config.inner_steps}: Reptile with one inner step is joint training; take 2 or more')
 
     def __init__(self,
                  policy: SSMMetaPolicy, # functional form; its parameters are where training starts
                  env: EnvConfig, # family, K, T, seed
                  config: MetaConfig = MetaConfig(inner_steps=2), # how to train; two inner steps or more
                  device: str = 'cpu'): # where
-        if config.inner_steps < 2: raise ValueError(f'inner_steps={config.inner_steps}: Reptile with one inner step is joint training; take 2 or more')
-        if config.outer != 'ppo': raise ValueError(f"outer={config.outer!r} needs a query loss, and Reptile has none; take 'ppo', for Adam")
-        super().__init__(policy, env, replace(config, first_order=True), device)
+        super().__init__(policy, env, config, device)
 
     def outer_loss(self,
                    support: list, # of (trajectories, advantage), one for each inner step
@@ -36,17 +46,21 @@ class Reptile(MetaMAML):
                    advantage: Tensor, # of the query, [M, K, T]
                    scale: Tensor = None, # as for `query_losses`
                    reached: dict = {}, # as for `adapted`
+                   steps: Tensor = None, # as for `MetaMAML.outer_loss`
                   ) -> tuple: # half the squared distance over alpha, with ProMP's penalty [M]; error of the value head [M]; KL divergence [M]
         "How far adaptation leads away, as a function of the start."
-        adapted, moved = self.adapted(self.params, support, reached)
+        adapted, penalty = self.adapted(self.params, support, reached, steps)
         fixed = {k: v if k.startswith('value.') else v.detach() for k, v in adapted.items()}
         distance = sum(((self.params[k] - v.detach())**2).flatten(1).sum(1) for k, v in adapted.items())
-        _, error, kl = query_losses(self.policy, fixed, query, advantage, self.config, scale)
-        return distance / (2 * self.config.inner_lr) + self.config.inner_kl * moved, error, kl
+        _, error, kl = query_losses(self.policy, fixed, query, advantage, self.config, scale, steps=None if steps is None else steps[-1])
+        return distance / (2 * self.config.inner_lr) + penalty, error, kl
 
 # %% ../nbs/04a_relatives.ipynb #04a0020
 class ANIL(MetaMAML):
-    "Almost no inner loop (Raghu et al., ICLR 2020): MAML that adapts the parameters which `config.head` names. Raises ValueError if the inner loss depends on none of them."
+    "Almost no inner loop (Raghu et al., ICLR 2020): MAML that adapts the parameters which `config.head` names. Raises ValueError for a pattern that names nothing which the inner loop can adapt."
+
+    @classmethod
+    def used_fields(cls, config): return super().used_fields(config) | {'head'}
 
     def __init__(self,
                  policy: SSMMetaPolicy, # functional form; its parameters are where training starts
@@ -54,7 +68,11 @@ class ANIL(MetaMAML):
                  config: MetaConfig = MetaConfig(), # how to train, and what is the head
                  device: str = 'cpu'): # where
         super().__init__(policy, env, config, device)
-        if all(k.startswith('value.') for k in self.inner_lr): raise ValueError(f'head={config.head!r} names no parameter that the inner loop can adapt; there are {", ".join(k for k in self.params if not k.startswith("value."))}')
+        names = [k for k in self.params if not k.startswith('value.')]
+        known = [*names, 'log_std']  # which discrete actions do not have
+        idle = [p for p in config.head.split() if not any(fnmatchcase(k, p) for k in known)]
+        if idle or not any(k in self.inner_lr for k in names):
+            raise ValueError(f'head={config.head!r}: {" ".join(idle) or "it"} names no parameter that the inner loop can adapt; there are {", ".join(names)}')
 
     @property
     def inner_lr(self) -> dict: # name -> step size
@@ -63,22 +81,26 @@ class ANIL(MetaMAML):
 
 # %% ../nbs/04a_relatives.ipynb #04a0025
 class MetaSGD(MetaMAML):
-    "MAML that learns a step size of adaptation for every number, from `config.inner_lr` on (Li et al., 2017). Raises ValueError for a trust region, which would not move them."
+    "MAML that learns a positive step size of adaptation for every number, from `config.inner_lr` on (Li et al., 2017): Adam moves its logarithm, at `config.step_size_lr`."
+
+    @classmethod
+    def used_fields(cls, config): return super().used_fields(replace(config, outer='ppo')) - {'outer'} | {'step_size_lr'}
 
     def __init__(self,
                  policy: SSMMetaPolicy, # functional form; its parameters are where training starts
                  env: EnvConfig, # family, K, T, seed
                  config: MetaConfig = MetaConfig(), # how to train
                  device: str = 'cpu'): # where
-        if config.outer != 'ppo': raise ValueError(f"outer={config.outer!r} moves the policy's parameters alone, and Meta-SGD learns step sizes as well; take 'ppo'")
         super().__init__(policy, env, config, device)
-        self.learned |= {f'inner_lr.{k}': torch.full_like(v, config.inner_lr).requires_grad_() for k, v in self.params.items() if not k.startswith('value.')}
-        self.optimizer = torch.optim.Adam(self.learned.values(), lr=config.outer_lr)
+        logs = {f'log_step.{k}': torch.zeros_like(v).requires_grad_() for k, v in self.params.items() if not k.startswith('value.')}
+        self.learned |= logs
+        self.optimizer.add_param_group(dict(params=list(logs.values()), rate='step_size_lr'))
 
     @property
     def inner_lr(self) -> dict: # name -> step sizes, [...] like the parameter
         "Learned step sizes of adaptation."
-        return {k.removeprefix('inner_lr.'): v for k, v in self.learned.items() if k.startswith('inner_lr.')}
+        logs = {k.removeprefix('log_step.'): v for k, v in self.learned.items() if k.startswith('log_step.')}
+        return {k: self.config.inner_lr * v.exp() for k, v in logs.items()}
 
 # %% ../nbs/04a_relatives.ipynb #04a0030
 LEARNERS = {'maml': MetaMAML, 'reptile': Reptile, 'anil': ANIL, 'meta-sgd': MetaSGD}  # meta-learners by name

@@ -42,7 +42,7 @@ def trial_targets(
 
 # %% ../nbs/04b_rl2.ipynb #04b0031
 class RL2(JointTraining):
-    "Reinforcement learning of a learner (Duan et al., 2016; Wang et al., 2016): one policy for all tasks, whose memory lasts over the episodes of a trial and sees what it did and got. Raises ValueError for a policy without `history`."
+    "Reinforcement learning of a learner (Duan et al., 2016; Wang et al., 2016): one policy for all tasks, whose memory lasts over the episodes of a trial and sees what it did and got. Raises ValueError for a policy without `history`, and for a single trial in a batch: a trial is judged by comparing it with others."
 
     def __init__(self,
                  policy: SSMMetaPolicy, # functional form, with history; its parameters are where training starts
@@ -50,9 +50,15 @@ class RL2(JointTraining):
                  config: MetaConfig = MetaConfig(gamma=1., outer_epochs=1), # how to train
                  device: str = 'cpu'): # where
         if not policy.config.history: raise ValueError('the policy has history=False, so it cannot know what its actions led to; make it with PolicyConfig(history=True)')
+        self.compare(config.tasks_per_batch * env.num_envs)
         super().__init__(policy, env, config, device)
 
-    def targets(self, traj): return *trial_targets(traj, self.config.gamma, self.config.gae_lambda), 1.
+    def compare(self, trials):  # whether there are two to compare
+        if trials < 2: raise ValueError(f'a batch of {trials} trial has nothing to compare it with, so RL² would learn nothing; take tasks_per_batch or num_envs of 2 or more')
+
+    def targets(self, traj):
+        self.compare(traj.mask[..., 0].numel())
+        return *trial_targets(traj, self.config.gamma, self.config.gae_lambda), 1.
 
 
 LEARNERS = LEARNERS | {'joint': JointTraining, 'rl2': RL2}  # meta-learners by name

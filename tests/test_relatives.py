@@ -40,7 +40,7 @@ def one_task(learner, support, query, advantage):
     "The loss of one task, from the equations: nothing stacked, nothing of the library's learning code."
     config, theta, names = learner.config, dict(learner.params), list(learner.params)
     if isinstance(learner, ANIL): names = [k for k in theta if any(k.startswith(group.rstrip('*')) for group in config.head.split())]
-    rate = {k: learner.learned.get(f'inner_lr.{k}', config.inner_lr) for k in names}
+    rate = {k: config.inner_lr * learner.learned[f'log_step.{k}'].exp() if f'log_step.{k}' in learner.learned else config.inner_lr for k in names}
     logp = lambda params, t: (out := learner.policy.functional(params, policy_inputs(learner.policy, t)[0]), action_log_prob(out, t.action[0]))
     phi = theta
     for traj, A in support:
@@ -60,15 +60,16 @@ def one_task(learner, support, query, advantage):
 @pytest.mark.parametrize('cls, case', RELATIVES, ids=str)
 def test_the_stack_is_the_loop_over_tasks(cls, case, place):
     "Losses and meta-gradients, those of learned step sizes included, in float64."
-    learner = make(cls, **place, **case, entropy_coef=.01)
+    learner = make(cls, **place, **case, **{} if cls == 'reptile' else dict(entropy_coef=.01))
     support, query, advantage = trajectories(learner)
     if 'name' in place: assert not query.mask.all()
     shake(learner)
     alone = [one_task(learner, [(pick(t, m), a[m:m + 1]) for t, a in support], pick(query, m), advantage[m:m + 1]) for m in range(M)]
-    loss = learner.outer_loss(support, query, advantage)[0]
-    torch.testing.assert_close(loss, torch.stack(alone), atol=1e-10, rtol=0)
+    loss, alone = learner.outer_loss(support, query, advantage)[0], torch.stack(alone)
+    if cls != 'reptile': alone = M * alone * query.mask.sum((1, 2)) / query.mask.sum().double()  # by their steps; a distance has none
+    torch.testing.assert_close(loss, alone, atol=1e-10, rtol=0)
     learned = [v for k, v in learner.learned.items() if not k.startswith('value.')]
-    torch.testing.assert_close(gradient(loss.mean(), learned), gradient(torch.stack(alone).mean(), learned), atol=1e-10, rtol=0)
+    torch.testing.assert_close(gradient(loss.mean(), learned), gradient(alone.mean(), learned), atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize('place', PLACES, ids=str)
@@ -96,23 +97,23 @@ def test_first_order_keeps_the_slope_along_the_step_sizes():
         learner = make('meta-sgd', first_order=first_order)
         data = trajectories(make('meta-sgd'))
         shake(learner)
-        slopes.append(gradient(learner.outer_loss(*data)[0].mean(), list(learner.inner_lr.values())))
+        slopes.append(gradient(learner.outer_loss(*data)[0].mean(), [v for k, v in learner.learned.items() if k.startswith('log_step.')]))
     torch.testing.assert_close(*slopes, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize('kw', [dict(), dict(inner_steps=2, first_order=True), dict(inner_kl=.5, tasks_per_chunk=2), dict(surrogate='dice', outer_lr_decay=True), dict(history=True, name='MamlTestCorridor-v0')], ids=str)
 def test_anil_of_all_names_and_frozen_step_sizes_are_maml(kw):
     maml, anil, meta_sgd = make('maml', **kw), make('anil', head='*', **kw), make('meta-sgd', **kw)
-    for v in meta_sgd.inner_lr.values(): v.requires_grad_(False)
+    for k, v in meta_sgd.learned.items(): v.requires_grad_(not k.startswith('log_step.'))
     for step in range(2):
         metrics = [learner.outer_step(tasks_of(learner, step)) for learner in (maml, anil, meta_sgd)]
         assert metrics[0] == metrics[1] == metrics[2]
     assert_same(maml.state_dict(), anil.state_dict())
-    assert_same(maml.state_dict(), {k: v for k, v in meta_sgd.state_dict().items() if 'inner_lr.' not in k})
+    assert_same(maml.state_dict(), {k: v for k, v in meta_sgd.state_dict().items() if 'log_step.' not in k})
 
 
 def test_anil_takes_a_step_in_a_trust_region_too():
-    anil, maml = (make(cls, outer='trpo', head='*') for cls in ('anil', 'maml'))
+    anil, maml = make('anil', outer='trpo', head='*'), make('maml', outer='trpo')
     assert anil.outer_step(tasks_of(anil)) == maml.outer_step(tasks_of(maml))
     metrics = make('anil', outer='trpo').outer_step(tasks_of(anil))
     assert 0 < metrics['kl'] <= .01 and metrics['loss'] < 0
@@ -137,10 +138,10 @@ def test_resume_is_exact_and_a_state_must_fit(cls, case):
     assert_same(saved, other.state_dict())
     assert learner.outer_step(tasks_of(learner, 2)) == other.outer_step(tasks_of(other, 2))
     assert_same(learner.state_dict(), other.state_dict())
-    assert ('params/inner_lr.log_std' in saved) == (cls == 'meta-sgd')
+    assert ('params/log_step.log_std' in saved) == (cls == 'meta-sgd')
     if cls == 'meta-sgd':
-        assert 'optimizer/inner_lr.log_std/exp_avg' in saved and not np.array_equal(saved['params/inner_lr.log_std'], learner.state_dict()['params/inner_lr.log_std'])
-        with pytest.raises(ValueError, match=r"inner_lr.* has shape \(2,\) in this state, and this policy needs None"): make('maml').load_state_dict({k: v for k, v in saved.items() if 'inner_lr.' not in k or 'log_std' in k})
+        assert 'optimizer/log_step.log_std/exp_avg' in saved and not np.array_equal(saved['params/log_step.log_std'], learner.state_dict()['params/log_step.log_std'])
+        with pytest.raises(ValueError, match=r"log_step.* has shape \(2,\) in this state, and this policy needs None"): make('maml').load_state_dict({k: v for k, v in saved.items() if 'log_step.' not in k or 'log_std' in k})
 
 
 @pytest.mark.parametrize('accident', [poison_support, poison_query, fail_in_third_epoch(KeyboardInterrupt)])
@@ -173,26 +174,39 @@ def test_reptile_names_the_task_that_goes_astray_and_changes_nothing(chunk, monk
 
 def test_a_step_size_that_is_not_finite_is_refused():
     learner = make('meta-sgd')
-    with torch.no_grad(): learner.inner_lr['action.bias'].fill_(torch.inf)
+    with torch.no_grad(): learner.learned['log_step.action.bias'].fill_(torch.inf)
     before = learner.state_dict()
     with pytest.raises(FloatingPointError, match=r'(adapted parameters|action probabilities) of tasks \[0, 1, 2\]'): learner.outer_step(tasks_of(learner))
     assert_same(before, learner.state_dict())
 
 
+def test_step_sizes_stay_positive_and_have_a_rate_of_their_own():
+    "However large the rate is; and outer_lr decays for both."
+    learner = make('meta-sgd', step_size_lr=2., outer_lr=.01, outer_lr_decay=True, outer_steps=4)
+    for step in range(3): learner.outer_step(tasks_of(learner, step))
+    sizes = torch.cat([v.detach().flatten() for v in learner.inner_lr.values()])
+    assert (sizes > 0).all() and sizes.max() > 3 * .3 and sizes.min() < .3 / 3
+    assert [group['lr'] for group in learner.optimizer.param_groups] == pytest.approx([.005, 1.])
+    still, quick = make('meta-sgd', outer_epochs=1, step_size_lr=1e-4), make('meta-sgd', outer_epochs=1, step_size_lr=.1)
+    for x in (still, quick): x.outer_step(tasks_of(x))
+    for k, v in still.params.items(): assert torch.equal(v, quick.params[k])  # the rate is that of the step sizes alone
+    change = torch.cat([v.detach().flatten() for k, v in quick.learned.items() if k.startswith('log_step.')])
+    torch.testing.assert_close(change.abs().median(), torch.tensor(.1, dtype=change.dtype), rtol=.01, atol=0)  # the first step of Adam
+
+
 def test_reptile_finds_the_start_that_is_near_to_all_ends():
-    "Where there is nothing to learn from, the start stays; and its config is the caller's but for second derivatives."
+    "Where there is nothing to learn from, the start stays; and its config is the caller's."
     learner = make('reptile', inner_steps=2)
     (support, query, advantage), start = trajectories(learner), {k: v.detach().clone() for k, v in learner.params.items()}
     loss, _, kl = learner.outer_loss([(t, torch.zeros_like(a)) for t, a in support], query, advantage)
     assert torch.equal(loss, torch.zeros(M, dtype=loss.dtype)) and not gradient(loss.mean(), [v for k, v in learner.params.items() if not k.startswith('value.')]).any()
-    assert learner.config == MetaConfig(tasks_per_batch=M, inner_lr=.3, inner_steps=2, first_order=True)
+    assert learner.config == MetaConfig(tasks_per_batch=M, inner_lr=.3, inner_steps=2)
     learner.outer_step(tasks_of(learner))
     assert all((learner.params[k] != v).any() for k, v in start.items())  # the value head learns from the query
 
 
 def test_bad_settings_are_refused():
-    for cls, kw, message in (('reptile', dict(), 'inner_steps=1: Reptile with one inner step is joint training'), ('reptile', dict(inner_steps=2, outer='trpo'), "outer='trpo' needs a query loss"),
-                             ('meta-sgd', dict(outer='trpo'), "outer='trpo' moves the policy's parameters alone"), ('anil', dict(head=''), "head='' names no parameter"), ('anil', dict(head='log_std', name='MamlTestCorridor-v0'), "head='log_std' names no parameter")):
+    for cls, kw, message in (('reptile', dict(), 'inner_steps=1: Reptile with one inner step is joint training'), ('anil', dict(head=''), "head='': it names no parameter"), ('anil', dict(head='log_std', name='MamlTestCorridor-v0'), "head='log_std': it names no parameter")):
         with pytest.raises(ValueError, match=message): make(cls, **kw)
     policy = make('maml').policy
     assert Reptile(policy, make('maml').env).config.inner_steps == 2  # its default config is one that it can work with

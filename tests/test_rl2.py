@@ -46,7 +46,7 @@ def test_a_trial_replayed_is_the_rollout(core, place):
     torch.testing.assert_close(out['value'][traj.mask], traj.value[traj.mask], rtol=0, atol=1e-10)
     advantage, target, scale = learner.targets(traj)
     loss, error, kl = query_losses(learner.policy, params_of(learner), traj, advantage, learner.config, scale, target)
-    real = traj.mask.sum((1, 2))
+    real = traj.mask.sum().double() / M  # every step weighs alike
     torch.testing.assert_close(loss, -advantage.sum((1, 2)) / real, rtol=0, atol=1e-10)
     torch.testing.assert_close(error, ((target - traj.value).masked_fill(~traj.mask, 0)**2).sum((1, 2)) / real, rtol=0, atol=1e-10)
     torch.testing.assert_close(kl, torch.zeros_like(kl), rtol=0, atol=1e-10)
