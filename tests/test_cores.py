@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.func import grad, vmap
 
 from ssm_metarl.cores import H3
-from ssm_metarl.ssm import SSMConfig
+from ssm_metarl.ssm import LayerConfig, SSMConfig
 
 torch.set_num_threads(1)
 settings.register_profile('cores', max_examples=20, deadline=None, derandomize=True)
@@ -22,7 +22,7 @@ def chance(seed, p, *shape): return torch.from_numpy(np.random.default_rng([seed
 
 
 def make(D, N, H, seed):
-    layer = H3(SSMConfig(D, N, H, init='real'), seed).double()
+    layer = H3(LayerConfig(D, N, H), seed).double()
     with torch.no_grad():
         for i, p in enumerate(layer.parameters()): p.add_(.3 * random([seed, i], *p.shape))
     return layer

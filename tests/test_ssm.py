@@ -343,7 +343,7 @@ def test_config_errors(wrong):
 @given(inits, seeds, st.sampled_from([torch.float32, torch.float64]), *[st.integers(1, 4)] * 3)
 def test_save_and_load(tmp_path_factory, init, seed, dtype, D, half, H):
     path = tmp_path_factory.mktemp('ssm') / 'new folder' / 'a layer'  # no suffix: saved under the name that was given
-    ssm = SSM(SSMConfig(D, 2 * half, H, init=init, dt_min=.01), seed).to(dtype)
+    ssm = SSM(SSMConfig(D, 2 * half, H, init=init, discretisation='bilinear'), seed).to(dtype)
     ssm.save(path)
     loaded = SSM.load(path)
     assert asdict(loaded.config) == asdict(ssm.config) and os.listdir(path.parent) == ['a layer']
