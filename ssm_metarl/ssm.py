@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
+from torch.autograd.forward_ad import _set_fwd_grad_enabled, unpack_dual
 
 # %% ../nbs/00_ssm.ipynb #000010
 def hippo_legs(
@@ -159,12 +160,17 @@ class _DualScan(_Scan):
     @staticmethod
     def jvp(ctx, a_dot, b_dot, h0_dot, *_):
         a, h0, reset, h = ctx.saved_tensors
-        if not ctx.reverse:
-            past = torch.cat([h0.unsqueeze(-2), h[..., :-1, :]], -2)
-            return _run(a, b_dot + a_dot * _clean(past, reset), h0_dot, reset, False)
-        later = _clean(h[..., 1:, :], None if reset is None else reset[..., 1:])
-        moved = (a_dot if a_dot.shape[-2] == 1 else a_dot[..., 1:, :]) * later
-        return _run(a, b_dot + torch.cat([moved, torch.zeros_like(h[..., :1, :])], -2), None, reset, True)
+        a, h0, h = (x if x is None else unpack_dual(x).primal for x in (a, h0, h))
+        with _set_fwd_grad_enabled(True):  # PyTorch turns it off here, and would lose a derivative around this one
+            drive = b_dot + _moved(a_dot, h0, reset, h, ctx.reverse)
+            h_dot = _run(a, drive, h0_dot, reset, ctx.reverse)
+            return h_dot if reset is None else torch.where(h.isfinite(), h_dot, 0)
+
+def _moved(a_dot, h0, reset, h, reverse):  # what a change of the decays moves: a_dot times the state before
+    if not reverse: return a_dot * _clean(torch.cat([h0.unsqueeze(-2), h[..., :-1, :]], -2), reset)
+    later = _clean(h[..., 1:, :], None if reset is None else reset[..., 1:])
+    moved = (a_dot if a_dot.shape[-2] == 1 else a_dot[..., 1:, :]) * later
+    return torch.cat([moved, torch.zeros_like(h[..., :1, :])], -2)
 
 def _run(*args): return (_Scan if torch.compiler.is_compiling() else _DualScan).apply(*args)
 
