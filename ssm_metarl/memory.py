@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .ssm import SSM, Discretised, Persistent, SSMConfig, between, eigenvalues, linear, product, step_factors
+from .ssm import SSM, Discretised, Persistent, SSMConfig, between, check_counts, drawn
+from .ssm import dynamic, eigenvalues, linear, plain_numbers, product, step_factors, to_modes
 
 # %% ../nbs/00a_memory.ipynb #9e680da7
 @dataclass(frozen=True)
@@ -29,8 +30,9 @@ class SSMStackConfig:
     selective: bool = False # whether the step size of each mode depends on the input, see `SelectiveSSM`
 
     def __post_init__(self):
-        for name in ('input_dim', 'output_dim', 'width', 'layers'):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1: raise ValueError(f'{name}={getattr(self, name)!r} is not a positive int')
+        plain_numbers(self)
+        check_counts(self, 'input_dim', 'output_dim', 'width', 'layers')
+        if not isinstance(self.selective, bool): raise ValueError(f'selective={self.selective!r:.80} is neither True nor False')
         self.core  # checks the rest
 
     @property
@@ -61,15 +63,14 @@ class Selective(Discretised):
                  lam: Tensor, # eigenvalues, [P] or [M, P]
                  method: str = 'zoh'): # of discretisation
         super().__init__(plain.A_bar, plain.W_in, plain.W_out, plain.D, plain.diagonal)
-        self.lam, self.method, self.dt, self.gate = lam, method, params['log_dt'].exp(), params['gate'].mT
-        B = torch.complex(params['B_real'], params['B_imag']) if 'B_imag' in params else params['B_real']
-        self.B = torch.view_as_real(B).transpose(-3, -2).flatten(-2) if B.is_complex() else B.mT  # [..., D, 2P]
+        self.lam, self.method, self.dt, self.gate = lam, method, dynamic(params['log_dt']).exp(), params['gate'].mT
+        B = [params[k].mT for k in ('B_real', 'B_imag') if k in params]
+        self.B = torch.stack(B, -1).flatten(-2)  # [..., D, 2P], interleaved; [..., D, P] for real modes
 
     def transition(self, u):
         dt = between(self.dt, u) * F.softplus(product(u, self.gate) + math.log(math.e - 1))  # [..., P]
-        (a, gain), b = step_factors(between(self.lam, u), dt, self.method), product(u, self.B)
-        if a.is_complex(): b = torch.view_as_complex(b.view(*b.shape[:-1], b.shape[-1] // 2, 2))
-        return a, gain * b
+        a, gain = step_factors(between(self.lam, u), dt, self.method)
+        return a, gain * to_modes(product(u, self.B), a)
 
 
 class SelectiveSSM(SSM):
@@ -94,7 +95,8 @@ class SSMStack(Persistent):
                  seed: int = 0): # seed of the initial parameters
         super().__init__()
         self.config, W = config, config.width
-        layer, kind = lambda *sizes: nn.utils.skip_init(nn.Linear, *sizes), SelectiveSSM if config.selective else SSM
+        kind = SelectiveSSM if config.selective else SSM
+        layer = lambda *sizes: nn.utils.skip_init(nn.Linear, *sizes, device=torch.get_default_device())
         self.encoder, self.decoder = layer(config.input_dim, W), layer(W, config.output_dim)
         self.cores = nn.ModuleList(kind(config.core, seed) for _ in range(config.layers))
         self.gates = nn.ModuleList(layer(W, 2 * W) for _ in range(config.layers))
@@ -107,7 +109,8 @@ class SSMStack(Persistent):
         for i, core in enumerate(self.cores): core.init_parameters(int(np.random.SeedSequence([seed, i]).generate_state(1)[0]))
         with torch.no_grad():
             for module in (self.encoder, *self.gates, self.decoder):
-                module.weight.normal_(0, module.in_features ** -.5, generator=g), module.bias.zero_()
+                values = drawn(module.weight).normal_(0, module.in_features ** -.5, generator=g)
+                module.weight.copy_(values), module.bias.zero_()
 
     def initial_state(self, *shape) -> Tensor: # [*shape, L, P]
         "Zero states for `shape` sequences."
@@ -162,14 +165,7 @@ class SSMStack(Persistent):
             return self._output(params, features), torch.stack(states, -2)
         return step
 
-    def forward(self,
-                x: Tensor, # [B, T, D], or one step [B, D]
-                state: Tensor = None, # before the first step, [B, L, P]; None: zero
-                reset: Tensor = None, # bool [B, T], or [B]
-               ) -> tuple: # y [B, T, H] or [B, H], state after the last step [B, L, P]
-        "The module's own parameters on a batch of sequences, or of single steps. Raises ValueError for shapes that do not fit."
-        if x.dim() == 2: return self.stepper()(x, self.initial_state(len(x)) if state is None else state, reset)
-        return self.functional(dict(self.named_parameters()), x, state, reset)
+    forward = SSM.forward
 
     def extract_features(self,
                          x: Tensor, # [B, T, D]

@@ -1,13 +1,14 @@
-"Properties of the H3 layer that hold for any size, reset, state and number of tasks: a loop over single numbers is the reference."
+"Properties of the H3 layer that hold for any size, reset, state and number of tasks: a loop over single numbers is the reference; and what all memories promise."
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.func import grad, vmap
+from torch.func import grad, hessian, jacrev, jvp, vmap
 
-from ssm_metarl.cores import H3
-from ssm_metarl.ssm import SSMConfig
+from ssm_metarl.cores import CORES, GRU, H3, TwoLayers, core_config
+from ssm_metarl.memory import SelectiveSSM, SSMStack, SSMStackConfig
+from ssm_metarl.ssm import SSM, LayerConfig, SSMConfig
 
 torch.set_num_threads(1)
 settings.register_profile('cores', max_examples=20, deadline=None, derandomize=True)
@@ -22,7 +23,7 @@ def chance(seed, p, *shape): return torch.from_numpy(np.random.default_rng([seed
 
 
 def make(D, N, H, seed):
-    layer = H3(SSMConfig(D, N, H, init='real'), seed).double()
+    layer = H3(LayerConfig(D, N, H), seed).double()
     with torch.no_grad():
         for i, p in enumerate(layer.parameters()): p.add_(.3 * random([seed, i], *p.shape))
     return layer
@@ -100,3 +101,144 @@ def test_precision_follows_the_input(dtype):
     layer = H3(SSMConfig(3, 2, 4)).to(dtype)
     y, state = layer(torch.zeros(2, 5, 3, dtype=dtype))
     assert y.dtype == state.dtype == layer.initial_state(2).dtype == dtype
+
+
+# --- what every memory promises
+
+def sel(seed=0): return SelectiveSSM(SSMConfig(4, 6, 4), seed)
+
+
+def deep(seed=0): return SSMStack(SSMStackConfig(4, 4, 5, 2, 6), seed)
+
+
+MEMORIES = {name: lambda seed=0, name=name: CORES[name](core_config(name, 4, 6), seed) for name in CORES} | {'selective': sel, 'a stack of its own': deep}
+every_memory = pytest.mark.parametrize('make', MEMORIES.values(), ids=MEMORIES.keys())
+
+
+def excited(layer):
+    "Also the parameters that start at zero."
+    with torch.no_grad():
+        for i, p in enumerate(layer.parameters()): p.add_(.1 * random(i, *p.shape).to(p.dtype))
+    return layer
+
+
+@every_memory
+def test_one_step_is_a_batch_of_steps(make):
+    layer, x, reset = excited(make()).double(), random(0, 3, 4), torch.tensor([False, True, False])
+    state = layer(random(1, 3, 5, 4))[1]
+    y, last = layer(x, state, reset)
+    for a, b in zip((y, last), layer.stepper()(x, state, reset)): assert torch.equal(a, b)
+    torch.testing.assert_close(y, layer(x[:, None], state, reset[:, None])[0][:, 0])
+    assert torch.equal(layer(x)[0], layer.stepper()(x, layer.initial_state(3))[0])
+
+
+@every_memory
+def test_no_steps_leave_the_state(make):
+    layer = make()
+    state = layer(torch.ones(2, 5, 4))[1]
+    y, last = layer(torch.ones(2, 0, 4), state)
+    assert y.shape == (2, 0, 4) and torch.equal(last, state) and layer(torch.ones(2, 0, 4))[1].shape == state.shape
+
+
+@every_memory
+def test_what_does_not_fit_is_refused(make):
+    layer = make()
+    x, state, flags = torch.zeros(2, 5, 4), layer.initial_state(2), torch.zeros(2, 5, dtype=torch.bool)
+    for call in (lambda: layer(x[..., :3]), lambda: layer(x[:, 0, :3]), lambda: layer(x[0, 0]), lambda: layer(x[None]), lambda: layer(x, layer.initial_state(3)), lambda: layer(x, state[..., :-1]),
+                 lambda: layer(x, reset=flags.float()), lambda: layer(x, reset=flags[:1]), lambda: layer(x, reset=flags[0]), lambda: layer.stepper()(x[:, 0], state, flags[0]),
+                 lambda: layer.functional(dict(layer.named_parameters()), x[0, 0])):
+        with pytest.raises(ValueError) as info: call()
+        assert '\n' not in str(info.value)
+
+
+@every_memory
+def test_features_and_files(make, tmp_path):
+    layer, x = excited(make(3)), torch.ones(2, 5, 4)
+    features = layer.extract_features(x)
+    assert features.shape[:2] == (2, 5) and not features.is_complex()
+    assert torch.equal(layer.extract_features(x, layer.initial_state(2)), features)
+    layer.save(tmp_path / 'a.npz')
+    again = type(layer).load(tmp_path / 'a.npz')
+    assert again.config == layer.config and torch.equal(again(x)[0], layer(x)[0])
+
+
+@every_memory
+def test_the_default_device_holds_all_parameters_and_does_not_change_them(make):
+    "As `meta` shows it; the numbers themselves come from the CPU, whatever the device."
+    with torch.device('meta'): layer = make()
+    assert {p.device.type for p in layer.parameters()} == {'meta'}
+    layer.init_parameters(1)  # needs no generator of the other device
+    assert layer.initial_state(2).device.type == 'meta'
+    here = make(1)
+    here.init_parameters(0)
+    for a, b in zip(here.parameters(), make(0).parameters()): assert torch.equal(a, b)
+    before = torch.random.get_rng_state()
+    make()
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@every_memory
+def test_forward_mode_and_hessian(make):
+    "jvp against the gradient of a gradient, which is linear in a dummy; hessian against jacrev twice; as functions of input and parameters."
+    layer = excited(make()).double()
+    params, x, reset = {k: v.detach() for k, v in layer.named_parameters()}, random(0, 2, 3, 4), torch.tensor([[False, False, True], [True, False, False]])
+    f = lambda p, x: layer.functional(p, x, reset=reset)[0]
+    rates = {k: random(i, *v.shape) for i, (k, v) in enumerate(params.items())}, random(9, *x.shape)
+    h = 1e-6
+    shifted = lambda s: f({k: v + s * h * rates[0][k] for k, v in params.items()}, x + s * h * rates[1])
+    torch.testing.assert_close(jvp(f, (params, x), rates)[1], (shifted(1) - shifted(-1)) / (2 * h), rtol=1e-6, atol=1e-6)
+    energy = lambda x: f(params, x).pow(3).sum()
+    torch.testing.assert_close(hessian(energy)(x), jacrev(jacrev(energy))(x))
+
+
+@every_memory
+def test_bfloat16_weights(make):
+    "Within what bfloat16 does to weights and results; by steps the same as whole."
+    wide, x = make(1), random(0, 2, 60, 4).bfloat16()
+    low = make(1).bfloat16()
+    y, last = low(x)
+    wide.load_state_dict(low.state_dict())
+    expected = wide(x.float())[0]
+    assert y.dtype == torch.bfloat16 and last.dtype == low.initial_state(2).dtype
+    assert (y.float() - expected).abs().max() < .05 * expected.abs().max()
+    step, state = low.stepper(), low.initial_state(2)
+    for t in range(60): out, state = step(x[:, t], state)
+    torch.testing.assert_close(out, y[:, -1], rtol=.05, atol=.05)
+
+
+@every_memory
+@pytest.mark.parametrize('backend', ['eager', 'aot_eager'])
+def test_torch_compile_without_a_break(make, backend):
+    layer, x, reset = excited(make()), random(0, 2, 5, 4).float(), torch.tensor([[False, False, True, False, False], [True, False, False, False, False]])
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    for cut in (None, reset):
+        y, expected = compiled(x, None, cut)[0], layer(x, None, cut)[0]
+        torch.testing.assert_close(y, expected)
+        for a, b in zip(*(torch.autograd.grad(out.square().sum(), layer.parameters()) for out in (y, expected))): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(compiled(x[:, 0])[0], layer(x[:, 0])[0])
+
+
+def test_torch_compile_as_users_call_it():
+    layer, x = SSM(SSMConfig(4, 6, 4)), random(0, 2, 5, 4).float()
+    torch._dynamo.reset()
+    y = torch.compile(layer, fullgraph=True)(x)[0]
+    torch.testing.assert_close(y, layer(x)[0])
+    for a, b in zip(*(torch.autograd.grad(out.square().sum(), layer.parameters()) for out in (y, layer(x)[0]))): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('core', ['gru', 'h3'])
+def test_an_odd_state_needs_no_pairs(core):
+    assert CORES[core](core_config(core, 4, 7))(torch.zeros(2, 3, 4))[0].shape == (2, 3, 4)
+    for odd in ('ssm', 'stack', 'none'):
+        with pytest.raises(ValueError, match='state_dim=7 is odd, but complex states come in conjugate pairs'): core_config(odd, 4, 7)
+        assert core_config(odd, 4, 7, init='real').state_dim == 7
+
+
+@pytest.mark.parametrize('layer, allowed', [(GRU, ()), (H3, ()), (TwoLayers, ('init',))])
+@pytest.mark.parametrize('name, value', [('init', 'legs'), ('dt_min', .01), ('discretisation', 'bilinear'), ('feedthrough', 'diagonal')])
+def test_settings_that_a_core_ignores_are_refused(layer, allowed, name, value):
+    config = SSMConfig(**dict(input_dim=4, state_dim=6, init='legs' if name == 'dt_min' else 'lru') | {name: value})
+    if name in allowed: assert layer(config).config.init == value
+    else:
+        with pytest.raises(ValueError, match='has no effect on'): layer(config)

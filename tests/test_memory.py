@@ -91,6 +91,6 @@ def test_files(selective, tmp_path):
     assert torch.equal(SelectiveSSM.load(tmp_path / 'b.npz')(x.float())[0], layer(x.float())[0])
 
 
-@pytest.mark.parametrize('name, value', [('input_dim', 0), ('width', -1), ('layers', 1.5), ('state_dim', 7), ('init', 'hipo')])
+@pytest.mark.parametrize('name, value', [('input_dim', 0), ('width', -1), ('layers', 1.5), ('layers', True), ('state_dim', 7), ('init', 'hipo'), ('selective', 1)])
 def test_nonsense_is_refused(name, value):
     with pytest.raises(ValueError, match=f'{name}={value!r}'): SSMStackConfig(**dict(input_dim=1, output_dim=1) | {name: value})

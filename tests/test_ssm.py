@@ -1,10 +1,12 @@
 "Properties of `ssm` that hold for any shape, reset, initial state and file."
 import copy
+import decimal
+import fractions
 import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import numpy as np
 import pytest
@@ -13,10 +15,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.linalg import block_diag, expm
 from torch.autograd import gradcheck, gradgradcheck
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
 from ssm_metarl import ssm as ssm_module
-from ssm_metarl.ssm import INITS, REAL_INITS, SSM, SSMConfig, discretise, eigenvalues, legs_eigenvalues, linear, phi1, read_npz, scan, to_real, write_npz
+from ssm_metarl.memory import SSMStackConfig
+from ssm_metarl.ssm import INITS, REAL_INITS, SSM, LayerConfig, SSMConfig, discretise, eigenvalues, legs_eigenvalues, linear, phi1, read_npz, scan, to_real, write_npz
 
 torch.set_num_threads(1)
 settings.register_profile('short', max_examples=25, deadline=None, derandomize=True)
@@ -101,6 +104,65 @@ def test_scan_derivatives(problem):
     inputs = [x.clone().requires_grad_() for x in inputs]
     f = lambda a, b, h0: scan(a, b, h0, reset)
     assert gradcheck(f, inputs) and gradgradcheck(f, inputs)
+
+
+@settings(max_examples=10)
+@given(problems(max_T=4))
+def test_scan_derivatives_forwards(problem):
+    "`jvp` against finite differences, and both mixed orders of second derivatives."
+    *inputs, reset = problem
+    assume(inputs[1].numel())
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    f = lambda a, b, h0: scan(a, b, h0, reset)
+    assert gradcheck(f, inputs, check_forward_ad=True) and gradgradcheck(f, inputs, check_fwd_over_rev=True)
+
+
+@pytest.mark.parametrize('a_shape', [(), (2,), (1, 2), (4, 2), (3, 4, 2)])
+def test_hessians_do_not_depend_on_the_way(a_shape):
+    "Forwards over backwards, backwards over forwards and twice forwards give what twice backwards gives."
+    inputs, reset = (random(0, *a_shape), random(1, 3, 4, 2), random(2, 3, 2)), chance(0, .3, 3, 4)
+    energy = lambda *inputs: scan(*inputs, reset).pow(3).sum()
+    for i in range(3):
+        twice_backwards = jacrev(jacrev(energy, i), i)(*inputs)
+        for way in (hessian(energy, i), jacrev(jacfwd(energy, i), i), jacfwd(jacfwd(energy, i), i)): torch.testing.assert_close(way(*inputs), twice_backwards)
+
+
+@given(seeds, flags, *[st.sampled_from([None, 0])] * 3)
+def test_forward_mode_under_vmap(seed, is_complex, a_dim, b_dim, h0_dim):
+    "Tangents of mapped tasks are those of the tasks one by one, with the map outside and inside."
+    if (a_dim, b_dim, h0_dim) == (None,) * 3: return
+    M, B, T, N = 3, 2, 5, 2
+    make = lambda i, *shape: random([seed, i], *shape, is_complex=is_complex)
+    points, rates = ([make(10 * k, M, T, N), make(10 * k + 1, M, B, T, N), make(10 * k + 2, M, B, N)] for k in (0, 1))
+    reset, dims = chance(seed, .3, B, T), (a_dim, b_dim, h0_dim)
+    f = lambda *inputs: scan(*inputs, reset)
+    pick = lambda values, m=0: tuple(x[0] if d is None else x[m] for x, d in zip(values, dims))
+    args = lambda values: tuple(x[0] if d is None else x for x, d in zip(values, dims))
+    outside = vmap(lambda x, v: jvp(f, x, v)[1], in_dims=(dims, dims))(args(points), args(rates))
+    inside = jvp(vmap(f, in_dims=dims), args(points), args(rates))[1]
+    for m in range(M):
+        alone = jvp(f, pick(points, m), pick(rates, m))[1]
+        torch.testing.assert_close(outside[m], alone), torch.testing.assert_close(inside[m], alone)
+
+
+@given(problems(), st.integers(0, 11), st.sampled_from([torch.inf, -torch.inf, torch.nan]), flags)
+def test_poisoned_past_forwards(problem, k, poison, poison_a):
+    "Tangents after a reset, and derivatives of them, are the same whatever happened before it."
+    a, b, h0, reset = problem
+    a, k = a.expand(b.shape).clone(), min(k, b.shape[-2] - 1)
+    reset[..., k] = True
+    bad_a, bad_b = a.clone(), b.clone()
+    bad_b[..., :k, :] = poison
+    if poison_a: bad_a[..., :k, :] = poison
+    rates = tuple(random(i, *x.shape, is_complex=x.is_complex()) for i, x in enumerate((a, b, h0)))
+    late = lambda a, b, h0: to_real(scan(a, b, h0, reset)[..., k:, :].contiguous())
+    rate = lambda *inputs: jvp(late, inputs, rates)[1]
+    energy = lambda *inputs: late(*inputs).square().sum()
+    both = (a, b, h0), (bad_a, bad_b, h0 * poison)
+    clean, poisoned = (rate(*x) for x in both)
+    assert torch.equal(clean, poisoned)
+    for clean, poisoned in zip(*(jvp(grad(energy, (0, 1, 2)), x, rates)[1] for x in both)): assert torch.equal(clean, poisoned)
+    for clean, poisoned in zip(*(grad(lambda *x: rate(*x).square().sum(), (0, 1, 2))(*x) for x in both)): assert torch.equal(clean, poisoned)
 
 
 @given(problems(), st.integers(0, 12))
@@ -337,13 +399,61 @@ def test_config_errors(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))): SSMConfig(**dict(input_dim=3) | wrong)
 
 
+VALUES = [1, 2.5, -1, 0, True, False, None, 'lru', '8', 1j, np.int64(2), np.float32(.5), np.bool_(True), np.str_('real'), np.array([2]), torch.tensor(2), torch.inf, float('nan'),
+          fractions.Fraction(1, 10), decimal.Decimal('.05'), [1], (1,), {'a': 1}, b'lru', object(), 'legs']
+
+
+@pytest.mark.parametrize('kind', [LayerConfig, SSMConfig, SSMStackConfig])
+def test_what_a_config_accepts_can_be_saved(kind):
+    "Any value in any field: refused in one line of ValueError, or equal to itself after JSON, which knows no NaN."
+    accepted = 0
+    for f in fields(kind):
+        for value in VALUES:
+            try: config = kind(**dict(input_dim=4, output_dim=4) | {f.name: value})
+            except ValueError as error: assert '\n' not in str(error) and len(str(error)) < 300
+            else:
+                accepted += 1
+                assert kind(**json.loads(json.dumps(asdict(config), allow_nan=False))) == config
+                assert not (isinstance(value, bool) and f.type is int), f'{f.name}={value}'
+    assert accepted > len(fields(kind))
+
+
+def test_step_sizes_that_an_init_ignores_are_refused():
+    with pytest.raises(ValueError, match='dt_min=0.01.*ignores them'): SSMConfig(3, dt_min=.01)
+    assert SSMConfig(3, init='legs', dt_min=.01).dt_min == .01
+
+
+@pytest.mark.parametrize('init', ['lru', 'real'])
+def test_decays_in_float32_whatever_the_weights(init):
+    "bfloat16 rounds 0.999 to 1: as dynamics, that is a memory that never fades."
+    wide = SSM(SSMConfig(3, 8, 2, init=init), 1)
+    for weights in (torch.bfloat16, torch.float16):
+        low = SSM(wide.config, 1).to(weights)
+        rounded = SSM(wide.config, 1)
+        rounded.load_state_dict(low.state_dict())
+        assert torch.equal(low.A_bar, rounded.A_bar) and low.A_bar.dtype == (torch.float32 if init == 'real' else torch.complex64)
+        x = random(0, 2, 400, 3, dtype=weights)
+        y, state = low(x)
+        y_rounded, state_rounded = rounded(x.float())
+        assert y.dtype == weights and state.dtype == low.initial_state(2).dtype == low.A_bar.dtype
+        torch.testing.assert_close(to_real(state), to_real(state_rounded), rtol=.03, atol=.05)
+        torch.testing.assert_close(y.float(), y_rounded, rtol=.05, atol=.1)
+        assert all(g.isfinite().all() and g.dtype == weights for g in torch.autograd.grad(y.square().sum(), low.parameters()))
+
+
+def test_bfloat16_does_not_go_to_a_file(tmp_path):
+    with pytest.raises(ValueError, match='is torch.bfloat16, which NumPy does not know; call .float()'): layer('lru', dtype=torch.bfloat16).save(tmp_path / 'x.npz')
+    layer('lru', dtype=torch.float16).save(tmp_path / 'x.npz')
+    assert SSM.load(tmp_path / 'x.npz').D.dtype == torch.float16
+
+
 # --- files
 
 @settings(max_examples=15)
 @given(inits, seeds, st.sampled_from([torch.float32, torch.float64]), *[st.integers(1, 4)] * 3)
 def test_save_and_load(tmp_path_factory, init, seed, dtype, D, half, H):
     path = tmp_path_factory.mktemp('ssm') / 'new folder' / 'a layer'  # no suffix: saved under the name that was given
-    ssm = SSM(SSMConfig(D, 2 * half, H, init=init, dt_min=.01), seed).to(dtype)
+    ssm = SSM(SSMConfig(D, 2 * half, H, init=init, discretisation='bilinear'), seed).to(dtype)
     ssm.save(path)
     loaded = SSM.load(path)
     assert asdict(loaded.config) == asdict(ssm.config) and os.listdir(path.parent) == ['a layer']
