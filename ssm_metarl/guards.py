@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'flatten', 'split', 'finite', 'clip_gradient', 'distances', 'project', 'round_rows', 'round_towards',
-           'within_step', 'guard', 'keeps_promise', 'TaskState', 'optimizer_step', 'check_elementwise', 'blank_state',
-           'finite_rows']
+           'within_step', 'guard', 'keeps_promise', 'TaskState', 'on_the_cpu', 'optimizer_step', 'check_elementwise',
+           'blank_state', 'finite_rows']
 
 # %% ../nbs/04d_guards.ipynb #04d0003
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -69,13 +70,18 @@ def project(
     centre: Tensor, # [M, n]
     radius: Tensor, # [M]; of several balls [M, G]
     sizes: list = None, # as in `distances`
+    fixed: Tensor = None, # bool [n]: numbers that do not move at all; None: none
 ) -> Tensor: # [M, n]
     "The nearest points of balls, one per task or several; points inside do not move."
     offset, radius = rows - centre, radius.view(len(rows), -1)
+    if fixed is not None:
+        radius = (radius**2 - distances(offset * fixed, sizes)**2).clamp(min=0).sqrt()  # what is left for the others
+        offset = offset * ~fixed
     norm = distances(offset, sizes)
     if not (norm > radius).any(): return rows
     wide = (lambda x: x) if sizes is None else lambda x: x.repeat_interleave(torch.tensor(sizes, device=x.device), 1)
-    return torch.where(wide(norm > radius), centre + offset * wide(radius / norm), rows)
+    moves = wide(norm > radius) if fixed is None else wide(norm > radius) & ~fixed
+    return torch.where(moves, centre + offset * wide(radius / norm), rows)
 
 
 def round_rows(
@@ -122,6 +128,7 @@ def guard(
     max_step: float = None, # largest move of any weight; None: off
     average: Tensor = None, # [M, n]: centre of a second ball of the same radius; None: off
     sizes: list = None, # as in `distances`
+    fixed: Tensor = None, # bool [n]: numbers that the projection may not move; None: none
 ) -> tuple: # weights, the same as rows [M, n], bounded (bool [M]), projected (bool [M])
     "Clamp the move, project onto the trust region, shorten what the projection moved too far, round towards the source."
     proposal = rows = flatten(new)
@@ -131,7 +138,7 @@ def guard(
         rows = torch.minimum(torch.maximum(rows, old - limit), old + limit)
     bounded, clamped = (rows != proposal).any(1) if rows is not proposal else torch.zeros_like(rows[:, 0], dtype=torch.bool), rows
     if radius is not None:
-        for c in (centre,) if average is None else (average, centre): rows = project(rows, c, radius, sizes)
+        for c in (centre,) if average is None else (average, centre): rows = project(rows, c, radius, sizes, fixed)
     projected = (rows != clamped).any(1) if rows is not clamped else torch.zeros_like(bounded)
     if max_step is not None: rows = within_step(rows, old, limit)
     if rows is proposal: return new, rows, bounded, projected
@@ -176,6 +183,14 @@ OPTIMIZERS = {cls.__name__.lower(): cls for cls in (
     torch.optim.NAdam, torch.optim.RAdam, torch.optim.RMSprop, torch.optim.Rprop, torch.optim.SGD)}
 
 
+def _first_line(error): return f'{error}'.strip().partition('\n')[0]  # PyTorch may add a page
+
+
+def on_the_cpu():
+    "Context manager: new tensors without a device are made on the CPU, also inside the caller's `with torch.device(...)`."
+    return nullcontext() if torch.get_default_device().type == 'cpu' else torch.device('cpu')
+
+
 def _step_rows(make_optimizer, params, grads, state, rows):  # one step of these rows, in place; they agree in their clocks
     M = len(next(iter(params.values())))
     pick = (lambda v: v) if len(rows) == M else lambda v: v[rows]
@@ -217,7 +232,8 @@ def optimizer_step(
     params = {k: copy(v) for k, v in params.items()}
     state = {k: {key: v.clone() if key == 'clock' else copy(v) for key, v in own.items()} for k, own in state.items()}
     group = clocks.unique(dim=0, return_inverse=True)[1]
-    for g in group[live].unique(): _step_rows(make_optimizer, params, grads, state, (live & (group == g)).nonzero().flatten())
+    with on_the_cpu():  # an optimiser counts its steps there
+        for g in group[live].unique(): _step_rows(make_optimizer, params, grads, state, (live & (group == g)).nonzero().flatten())
     return params, state
 
 
@@ -225,16 +241,16 @@ def check_elementwise(
     make_optimizer: Callable, # as above
 ):
     "Two trial steps on a small matrix, and on its numbers one by one. Raises ValueError if they differ or fail, as with Muon, Adafactor, LBFGS and SparseAdam."
-    numbers = torch.linspace(-1, 2, 12, dtype=torch.float64).cos().view(4, 3)
+    numbers = torch.linspace(-1, 2, 12, dtype=torch.float64, device='cpu').cos().view(4, 3)
     whole, single = [nn.Parameter(numbers.clone())], [nn.Parameter(x.clone()) for x in numbers.view(-1, 1, 1)]
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), on_the_cpu():
             for tensors in (whole, single):
                 optimizer = make_optimizer(tensors)
                 for t in range(2):
                     for p, x in zip(tensors, (numbers + t).sin().view(len(tensors), *tensors[0].shape)): p.grad = x
                     optimizer.step()
-    except Exception as error: raise ValueError(f'the optimiser fails in a trial step ({type(error).__name__}: {error}); choose one that works element by element, without a closure, as {", ".join(OPTIMIZERS)} do') from error
+    except Exception as error: raise ValueError(f'the optimiser fails in a trial step ({type(error).__name__}: {_first_line(error)}); choose one that works element by element, without a closure, as {", ".join(OPTIMIZERS)} do') from error
     moves = [torch.cat([p.detach().flatten() for p in tensors]) - numbers.flatten() for tensors in (whole, single)]
     if not torch.allclose(*moves, rtol=1e-6, atol=1e-15, equal_nan=True):
         raise ValueError(f'{type(optimizer).__name__} does not work element by element, so it cannot step M tasks as rows; choose one that does, as {", ".join(OPTIMIZERS)} do')
@@ -244,10 +260,11 @@ def blank_state(
     make_optimizer: Callable, # as above
     params: dict, # name -> [M, ...]
 ) -> dict: # name -> key -> zeros [M, ...]
-    "State of an optimiser that has not stepped yet, with all keys that it will have."
+    "State of an optimiser that has not stepped yet, with all keys that it will have. Raises ValueError if it cannot step these parameters."
     M = len(next(iter(params.values())))
-    state = optimizer_step(make_optimizer, params, {k: torch.zeros_like(v) for k, v in params.items()},
-                           {k: {'clock': torch.zeros(M, dtype=torch.long)} for k in params}, torch.ones(M, dtype=torch.bool))[1]
+    clocks, live = {k: {'clock': torch.zeros(M, dtype=torch.long, device='cpu')} for k in params}, torch.ones(M, dtype=torch.bool, device='cpu')
+    try: state = optimizer_step(make_optimizer, params, {k: torch.zeros_like(v) for k, v in params.items()}, clocks, live)[1]
+    except Exception as error: raise ValueError(f'the optimiser fails in a trial step on these parameters ({type(error).__name__}: {_first_line(error)}); is its learning rate too large for their dtype?') from error
     return {k: {key: torch.zeros_like(v) for key, v in own.items()} for k, own in state.items()}
 
 
