@@ -2,7 +2,7 @@
 
 python benchmarks/train_eval_adapt.py basic --outer-steps 100 --tasks-per-batch 8 --adapt-steps 5 --also-steps 10
 
-Results go to benchmarks/results/NAME.json after every seed. Seeds that stand there already, from the same commands and version, are not run again.
+Results go to benchmarks/results/NAME.json after every seed, each with what it was run with. Seeds that stand there already, from the same commands and version, are not run again.
 """
 import argparse
 import json
@@ -11,7 +11,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
+
 from ssm_metarl import __version__
+from ssm_metarl.evaluation import t_interval
+from ssm_metarl.pipeline import load_learner, parameter_counts, provenance, show, show_interval, to_json
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,8 +38,14 @@ def commands(args):
 def run_seed(seed, wanted):
     with tempfile.TemporaryDirectory() as folder:
         row = {name: main_py(words.replace('S --ckpt', f'{seed} --ckpt').replace('D/', f'{folder}/').replace('-dir D', f'-dir {folder}')) for name, words in wanted.items()}
+        parameters = parameter_counts(load_learner(Path(folder) / 'latest.npz')[0])
     del row['train']['checkpoint']
-    return {'seed': seed} | row
+    return {'seed': seed} | row | dict(provenance=provenance('cpu') | dict(parameters=parameters))
+
+
+def over_seeds(values):
+    "Mean over seeds with its t-interval, for a line of text."
+    return f'{np.mean(values):.2f} {show_interval([None if np.isnan(bound) else bound for bound in t_interval(values)])}'
 
 
 def main():
@@ -55,11 +65,12 @@ def main():
     rows = {row['seed']: row for row in old.get('rows', [])} if {k: old.get(k) for k in about} == about else {}
     for seed in args.seeds:
         if seed not in rows: rows[seed] = run_seed(seed, about['commands'])
-        path.write_text(json.dumps(about | dict(rows=[rows[s] for s in sorted(rows)]), indent=1) + '\n')
+        path.write_text(to_json(about | dict(rows=[rows[s] for s in sorted(rows)]), indent=1) + '\n')
     for seed in args.seeds:
         a = rows[seed]['adapt']
         print(f'seed {seed}: trained in {rows[seed]["train"]["wall_s"]:.0f} s; return by step {[round(x, 2) for x in a["returns_by_step"]]}, gain {a["improvement"]:.1f} '
-              f'[{a["improvement_ci95"][0]:.1f}, {a["improvement_ci95"][1]:.1f}], normalised {a["normalised_gain"]:.2f}, hurt {a["hurt_rate"]:.2f}')
+              f'{show_interval(a["improvement_ci95"])} over tasks, normalised {show(a["normalised_gain"])}, hurt {a["hurt_rate"]:.2f}')
+    if len(args.seeds) > 1: print(f'gain over {len(args.seeds)} seeds, with a t-interval: {over_seeds([rows[seed]["adapt"]["improvement"] for seed in args.seeds])}')
 
 
 if __name__ == '__main__': main()

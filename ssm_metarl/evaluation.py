@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['play', 'random_actions', 'reference_returns', 'evaluation_trajectories', 'evaluate_returns', 'expected_returns',
-           'check_returns', 'bootstrap_interval', 'iqm', 'stratified_interval', 'crossed_interval', 'compare']
+           'check_returns', 'bootstrap_interval', 'iqm', 'stratified_interval', 'nested_interval', 't_interval',
+           'interval_over', 'seed_intervals', 'crossed_interval', 'compare']
 
 # %% ../nbs/06_evaluation.ipynb #060002
 from dataclasses import replace
@@ -151,6 +152,53 @@ def stratified_interval(
     result = stats.bootstrap(tuple(x), pooled, n_resamples=n_resamples, batch=1000, confidence_level=level, method='percentile', rng=np.random.default_rng(seed))
     return tuple(float(bound) for bound in result.confidence_interval)
 
+# %% ../nbs/06_evaluation.ipynb #dd71cb85
+def nested_interval(
+    x, # returns, [S, M]: S seeds, M tasks each, of their own
+    statistic = iqm, # function of an array that takes `axis`
+    level: float = 0.95, # confidence; too short for few seeds
+    seed: int = 0, # of the resampling
+    n_resamples: int = 2000, # resamples
+) -> tuple: # low, high; of one seed, over its tasks only; (nan, nan) for a single value
+    "Interval for new seeds on new tasks: seeds are resampled, then tasks within each drawn seed."
+    x, rng = check_returns(x, 2, 'x'), np.random.default_rng(seed)
+    (S, M), chunk = x.shape, max(1, 10**6 // x.size)  # resamples at once, to save memory
+    if x.size == 1: return float('nan'), float('nan')
+    def draw(n):
+        seeds, tasks = rng.integers(S, size=(n, S, 1)), rng.integers(M, size=(n, S, M))
+        return statistic(x[seeds, tasks].reshape(n, -1), axis=1)
+    values = np.concatenate([draw(min(chunk, n_resamples - done)) for done in range(0, n_resamples, chunk)])
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+# %% ../nbs/06_evaluation.ipynb #a6d47ba8
+def t_interval(
+    x, # one value for each of S seeds, [S], such as the IQM over its tasks
+    level: float = 0.95, # confidence
+) -> tuple: # low, high; (nan, nan) for S = 1
+    "Student's t-interval for the mean over seeds; for few seeds, whose values are roughly normal."
+    x = check_returns(x, 1, 'x')
+    if len(x) == 1: return float('nan'), float('nan')
+    half = stats.t.ppf((1 + level) / 2, len(x) - 1) * x.std(ddof=1) / len(x)**.5
+    return float(x.mean() - half), float(x.mean() + half)
+
+# %% ../nbs/06_evaluation.ipynb #ee66c46e
+def interval_over(
+    S: int, # number of training seeds
+) -> str: # what goes beside an interval, in a table or a file
+    "What the default interval is over."
+    return 'tasks of one training seed only' if S == 1 else f'{S} seeds, and tasks within them'
+
+
+def seed_intervals(
+    x, # returns, or differences of pairs, [S, M]: S seeds, M tasks each
+    statistic = iqm, # function of an array that takes `axis`
+) -> dict: # ci95: [low, high] of the nested bootstrap; t95: of the t-interval over seeds; None where there is none
+    "Both intervals of a result, as they are written to files."
+    x = check_returns(x, 2, 'x')
+    bounds = dict(ci95=nested_interval(x, statistic), t95=t_interval(statistic(x, axis=1)))
+    return {name: [None if np.isnan(bound) else bound for bound in pair] for name, pair in bounds.items()}
+
 # %% ../nbs/06_evaluation.ipynb #060058
 def crossed_interval(
     x, # returns, [S, M]: S seeds, all on the same M tasks
@@ -172,8 +220,8 @@ def compare(
     pre, # returns before adaptation, [M]
     post, # returns after it, same tasks and noise, [M]
     oracle = None, # returns of who knows the task, [M]; None: no normalised gain
-) -> dict: # improvement, improvement_ci95 [low, high], normalised_gain, hurt_rate: plain floats, None where undefined
-    "What adaptation changed, paired over tasks; ValueError unless all have the same tasks."
+) -> dict: # improvement, improvement_ci95 [low, high], what that is over, normalised_gain, hurt_rate: plain values, None where undefined
+    "What adaptation of one policy changed, paired over tasks; ValueError unless all have the same tasks."
     pre, post = check_returns(pre, 1, 'pre'), check_returns(post, 1, 'post')
     oracle = pre if oracle is None else check_returns(oracle, 1, 'oracle')
     if not len(pre) == len(post) == len(oracle): raise ValueError(f'{len(pre)} pre, {len(post)} post, {len(oracle)} oracle returns; they are pairs, so give one of each for every task')
@@ -181,4 +229,5 @@ def compare(
     return dict(improvement=float(gain.mean()),
                 improvement_ci95=[None if np.isnan(bound) else bound for bound in bootstrap_interval(gain)],
                 normalised_gain=float(gain.mean() / way) if way > 0 else None,
+                interval_over=interval_over(1),
                 hurt_rate=float(np.mean(gain < 0)))

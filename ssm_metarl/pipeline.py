@@ -5,22 +5,29 @@
 # %% auto #0
 __all__ = ['CONFIGS', 'FORMAT', 'FORMAT_VERSION', 'EXPERIMENTS', 'MEMORIES', 'RELATIVES', 'INTEGER', 'NUMBER', 'TEXT', 'FILE',
            'AdaptConfig', 'ExperimentConfig', 'learn_in_memory', 'config_from_dict', 'load_config', 'CheckpointError',
-           'save_checkpoint', 'load_checkpoint', 'check_device', 'make_learner', 'writable_folder', 'read_log',
-           'write_log', 'set_aside', 'resume_state', 'train', 'load_learner', 'load_policy', 'check_episodes',
-           'reference_row', 'evaluate', 'choose_trajectories', 'AdaptationResult', 'policy_batch', 'with_step_sizes',
-           'adaptation_functions', 'adapt_policy', 'online_episode', 'online_advantages', 'check_adaptation',
-           'evaluate_with_adaptation', 'Experiment', 'trial_scores', 'run_variant', 'experiment_table',
-           'paired_differences', 'write_text_whole', 'read_row', 'run_experiment', 'check_figure', 'Train', 'Eval',
-           'Adapt', 'RunExperiment', 'config_flag', 'one_line', 'parse', 'show', 'fail', 'main']
+           'save_checkpoint', 'load_checkpoint', 'check_device', 'make_learner', 'to_json', 'source_commit',
+           'cpu_model', 'provenance', 'writable_folder', 'read_log', 'write_log', 'set_aside', 'resume_state', 'train',
+           'load_learner', 'load_policy', 'check_episodes', 'reference_row', 'evaluate', 'choose_trajectories',
+           'AdaptationResult', 'policy_batch', 'with_step_sizes', 'adaptation_functions', 'adapt_policy',
+           'online_episode', 'online_advantages', 'check_adaptation', 'evaluate_with_adaptation', 'Experiment',
+           'trial_scores', 'parameter_counts', 'run_variant', 'rounded', 'with_intervals', 'experiment_command',
+           'table_row', 'experiment_table', 'paired_differences', 'write_text_whole', 'read_row', 'run_experiment',
+           'show_interval', 'experiment_lines', 'check_figure', 'Train', 'Eval', 'Adapt', 'RunExperiment',
+           'config_flag', 'one_line', 'parse', 'show', 'fail', 'main']
 
 # %% ../nbs/08_pipeline.ipynb #080003
 import argparse
 import contextlib
+import functools
 import io
+import itertools
 import json
 import math
 import os
+import platform
 import re
+import shlex
+import subprocess
 import sys
 import tempfile
 import time
@@ -31,6 +38,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
+import gymnasium
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -38,11 +46,12 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
+import ssm_metarl
 from . import __version__
 from .adapter import AdaptationConfig, Adapter, MetaRLHook, create_adapter, make_strategy, per_task
 from .compiling import keep_memory
 from .envs import MAX_TASKS, EnvConfig, sample_tasks
-from .evaluation import compare, evaluate_returns, evaluation_trajectories, expected_returns, iqm, reference_returns, stratified_interval
+from .evaluation import compare, evaluate_returns, evaluation_trajectories, expected_returns, interval_over, iqm, reference_returns, seed_intervals
 from .inner_loop import stack
 from .maml import MetaConfig, MetaLearner
 from .plots import plot_adaptation, plot_experiment
@@ -244,6 +253,47 @@ def make_learner(
         except (ValueError, KeyError) as error: raise CheckpointError(f'the checkpoint does not fit the config; leave out --config to use its own ({error})') from None
     return learner
 
+# %% ../nbs/08_pipeline.ipynb #709b1ef6
+def to_json(
+    value, # dict, list or tuple of plain and of NumPy's values
+    **options, # of `json.dumps`
+) -> str:
+    "JSON that every reader takes: null for a number that is not finite, lists for arrays."
+    def plain(x):
+        if isinstance(x, dict): return {k: plain(v) for k, v in x.items()}
+        if isinstance(x, (list, tuple)): return [plain(v) for v in x]
+        if isinstance(x, (np.ndarray, np.generic)): return plain(x.tolist())
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+    return json.dumps(plain(value), allow_nan=False, **options)
+
+# %% ../nbs/08_pipeline.ipynb #1e0c427d
+@functools.cache  # the code that runs is that of the start
+def source_commit(
+    folder: Path = Path(ssm_metarl.__file__).parent, # of the package
+) -> str: # 'unknown' if the package is not part of a git checkout
+    "The commit of the source, with '+' if the package's files differ from it."
+    def git(*words): return subprocess.run(['git', '-C', str(folder), *words], check=True, capture_output=True, text=True).stdout.strip()
+    try:
+        git('ls-files', '--error-unmatch', '__init__.py')  # is it this package that the repository holds?
+        return git('rev-parse', '--short=12', 'HEAD') + '+' * bool(git('status', '--porcelain', '--', '.'))
+    except (OSError, subprocess.CalledProcessError): return 'unknown'
+
+
+def cpu_model() -> str:
+    "Name of the processor, as far as the system tells."
+    try: names = re.findall(r'^model name\s*:\s*(.+)$', Path('/proc/cpuinfo').read_text(), re.M)
+    except OSError: names = []
+    return (names or [platform.processor() or platform.machine()])[0]
+
+
+def provenance(
+    device: str, # where it is computed: cpu, cuda, ...
+) -> dict: # commit, versions, cpu, threads, device and, if it is one, gpu: plain values
+    "With what, and on what, a result is made: to be called when it is."
+    versions = dict(ssm_metarl=__version__, python=platform.python_version(), torch=torch.__version__, numpy=np.__version__, gymnasium=gymnasium.__version__)
+    gpu = dict(gpu=torch.cuda.get_device_name(device)) if torch.device(device).type == 'cuda' else {}
+    return dict(commit=source_commit(), versions=versions, cpu=cpu_model(), threads=torch.get_num_threads(), device=device) | gpu
+
 # %% ../nbs/08_pipeline.ipynb #080029
 def writable_folder(
     path: Path, # to be made if it is not there
@@ -272,7 +322,7 @@ def write_log(
 ):
     "Replace the log, atomically."
     new = Path(folder) / '.train.jsonl'
-    new.write_text(''.join(json.dumps(line) + '\n' for line in history))
+    new.write_text(''.join(to_json(line) + '\n' for line in history))
     new.replace(new.with_name('train.jsonl'))
 
 
@@ -318,14 +368,16 @@ def train(
     if state is None and (earlier := set_aside(folder)): print(f'an earlier run in {folder} was moved to {earlier}', file=sys.stderr)
     write_log(folder, history)
     if history: begin, cpu_begin = begin - history[-1]['wall_s'], cpu_begin - history[-1].get('cpu_s', 0)  # earlier sessions count
+    session = dict(provenance=provenance(device))  # into its first line
     bar = tqdm(range(learner.step, total), 'meta-training', total=total, initial=learner.step, unit='step', file=sys.stderr, disable=not progress)
     for step in bar:
         try: metrics = learner.outer_step(sample_tasks(config.env, config.meta.tasks_per_batch, step=step))
         except KeyboardInterrupt:  # the outer step did not happen
             if history: save_checkpoint(latest, config, learner.state_dict())
             raise
-        history.append(dict(step=step) | metrics | dict(wall_s=round(time.time() - begin, 2), cpu_s=round(time.process_time() - cpu_begin, 2)))
-        with log.open('a') as file: file.write(json.dumps(history[-1]) + '\n')
+        history.append(dict(step=step) | metrics | dict(wall_s=round(time.time() - begin, 2), cpu_s=round(time.process_time() - cpu_begin, 2)) | session)
+        session = {}
+        with log.open('a') as file: file.write(to_json(history[-1]) + '\n')
         bar.set_postfix(pre=f'{metrics["pre_return"]:.1f}', post=f'{metrics["post_return"]:.1f}')
         if learner.step % 10 == 0: save_checkpoint(folder / f'step_{learner.step}.npz', config, learner.state_dict())
         if learner.step % 10 == 0 or learner.step == total: save_checkpoint(latest, config, learner.state_dict())
@@ -597,7 +649,7 @@ def trial_scores(
     config: ExperimentConfig, # to evaluate in
     tasks: int, # test tasks of each split
     device: str = 'cpu', # where to compute
-) -> dict: # split -> 'greedy' or 'sampled' -> 'reward' (and, of a bandit, 'regret') -> mean and its standard error
+) -> dict: # split -> 'greedy' or 'sampled' -> 'reward' (and, of a bandit, 'regret') -> mean, and its standard error over tasks (None for one)
     "How good a policy is without gradient steps, on test tasks and on those out of distribution: expected rewards in a trial."
     policy, params, config = load_policy(checkpoint, config, device=device)
     scores, env = {}, config.env
@@ -607,17 +659,27 @@ def trial_scores(
         for name in ('greedy', 'sampled'):
             values = {'reward': expected_returns(policy, params, records, env, deterministic=name == 'greedy')}
             if 'chance' in records[0]: values['regret'] = env.trial_length * np.array([record['chance'].max() for record in records], float) - values['reward']
-            scores[split][name] = {k: [round(float(v.mean()), 4), round(float(v.std() / len(v)**.5), 4)] for k, v in values.items()}
+            scores[split][name] = {k: [round(float(v.mean()), 4), round(float(v.std() / len(v)**.5), 4) if len(v) > 1 else None] for k, v in values.items()}
     return scores
 
 # %% ../nbs/08_pipeline.ipynb #080068
+def parameter_counts(
+    learner: MetaLearner, # of a run
+) -> dict: # total, core (the memory) and, where the learner has them, step_sizes
+    "How many numbers were learned."
+    sizes = learner.inner_lr.values() if isinstance(learner.inner_lr, dict) else []
+    own = sum(size.numel() for size in sizes if isinstance(size, Tensor))
+    count = lambda prefix: sum(v.numel() for k, v in learner.params.items() if k.startswith(prefix))
+    return dict(total=count(''), core=count('core.')) | (dict(step_sizes=own) if own else {})
+
+
 def run_variant(
     experiment: Experiment, # what to run
     config: ExperimentConfig, # of this run: a variant with a seed
     folder: Path, # for checkpoints
     progress: bool = True, # show bars on stderr
     device: str = 'cpu', # where to compute
-) -> dict: # what was measured, with plain values
+) -> dict: # what was measured and with what, with plain values
     "Train one variant with one seed (or go on), choose a checkpoint on validation tasks, adapt to test tasks."
     trained = train(config, folder, resume=True, device=device, progress=progress)
     total = config.meta.outer_steps
@@ -630,38 +692,87 @@ def run_variant(
     result = evaluate_with_adaptation(paths[best], config, experiment.episodes, device=device, progress=progress)
     rounded = lambda x: np.round(x, 3).tolist()
     scores = trial_scores(paths[best], config, experiment.score_tasks, device) if experiment.score_tasks else {}
+    made = dict(training=[line['provenance'] for line in read_log(folder) if 'provenance' in line], evaluation=provenance(device), parameters=parameter_counts(load_learner(paths[best])[0]))
     return dict(scores=scores, training_s=trained['wall_s'], training_cpu_s=trained['cpu_s'], env_steps=trained['env_steps'], checkpoint=best, validation_return={str(s): round(float(v), 3) for s, v in validation.items()}, summary=result.summary(),
-                returns_by_step=rounded(result.returns_by_step), references={k: rounded(v) for k, v in result.references.items()})
+                returns_by_step=rounded(result.returns_by_step), references={k: rounded(v) for k, v in result.references.items()}, provenance=made)
+
+# %% ../nbs/08_pipeline.ipynb #16b10547
+def rounded(x):  # numbers with three decimals, in lists of lists; None stays
+    if isinstance(x, (list, tuple, np.ndarray)): return [rounded(v) for v in x]
+    return None if x is None else round(float(x), 3)
+
+
+def with_intervals(
+    name: str, # of the statistic, in the file
+    returns: np.ndarray, # [S, M], or [S, steps, M]
+    statistic, # function of an array that takes `axis`
+) -> dict: # name, name_ci95 and name_t95, in lists if there are steps; name_by_seed
+    "A statistic and its intervals over seeds and tasks, as they are written to files."
+    by_seed = rounded(statistic(returns, axis=-1))
+    if returns.ndim == 2: return {name: rounded(statistic(returns.ravel(), axis=0)), f'{name}_by_seed': by_seed} | {f'{name}_{k}': rounded(v) for k, v in seed_intervals(returns, statistic).items()}
+    steps = [with_intervals(name, returns[:, k], statistic) for k in range(returns.shape[1])]
+    return {k: [step[k] for step in steps] for k in (name, f'{name}_ci95', f'{name}_t95')} | {f'{name}_by_seed': by_seed}
+
+
+def experiment_command(
+    name: str, # of the experiment
+    variant: str, # name of a variant
+    seeds: list, # that were run
+    changes: dict = {}, # of `MetaConfig`, and 'episodes'
+    device: str = 'cpu', # where it was computed
+) -> str: # one command for each run of consecutive seeds, joined with &&
+    "How to get a row of a table again."
+    if not changes.keys() <= {'outer_steps', 'episodes'}:  # the command line has no flag for the others
+        words = ''.join(f', {k}={v!r}' for k, v in (changes | ({} if device == 'cpu' else dict(device=device))).items())
+        return shlex.join(['python', '-c', f'from ssm_metarl.pipeline import run_experiment; run_experiment({name!r}, {"experiments/" + name!r}, {seeds}, [{variant!r}]{words})'])
+    flags = [word for k, v in changes.items() for word in (f'--{k.replace("_", "-")}', str(v))] + ([] if device == 'cpu' else ['--device', device])
+    runs = [[seed for _, seed in group] for _, group in itertools.groupby(enumerate(sorted(seeds)), lambda pair: pair[1] - pair[0])]
+    command = lambda run: ['ssm-metarl', 'experiment', name, '--variants', variant, *(['--first-seed', str(run[0])] if run[0] else []), '--seeds', str(len(run)), *flags]
+    return ' && '.join(shlex.join(command(run)) for run in runs)
+
+# %% ../nbs/08_pipeline.ipynb #c0b0fc6a
+def table_row(
+    rows: list, # of `run_variant`: one variant, all its seeds
+    name: str, # of the experiment
+    changes: dict = {}, # of `MetaConfig`, and 'episodes', for tiny versions
+) -> dict: # plain values
+    "What a table says of a variant: IQM and mean after each step, the gain, their intervals, and how to get it again."
+    returns = np.array([row['returns_by_step'] for row in rows])  # [S, steps + 1, M]
+    gain, seeds = returns[:, -1] - returns[:, 0], [row['seed'] for row in rows]
+    made = [row.get('provenance', 'not recorded') for row in rows]
+    device = next((p['evaluation']['device'] for p in made if isinstance(p, dict) and 'evaluation' in p), 'cpu')
+    every = lambda key: [row.get(key) for row in rows]
+    return (dict(variant=rows[0]['variant'], seeds=seeds, tasks=returns.shape[-1], command=experiment_command(name, rows[0]['variant'], seeds, changes, device), interval_over=interval_over(len(rows)))
+            | with_intervals('iqm', returns, iqm) | with_intervals('mean', returns, np.mean) | with_intervals('gain', gain, np.mean)
+            | dict(hurt_rate=round(float((gain < 0).mean()), 4), references={k: round(float(np.mean([row['references'][k] for row in rows])), 3) for k in rows[0]['references']},
+                   checkpoints=every('checkpoint'), scores=every('scores'), training_s=every('training_s'), training_cpu_s=every('training_cpu_s'), provenance=made))
 
 
 def experiment_table(
     rows: list, # of `run_variant`
+    name: str, # of the experiment
+    changes: dict = {}, # of `MetaConfig`, and 'episodes', for tiny versions
 ) -> list: # of dicts, one per variant
-    "IQM after each step, with a 95 % interval for these seeds on new tasks (stratified bootstrap), and what else a table needs."
-    table = []
-    for name in dict.fromkeys(row['variant'] for row in rows):
-        mine = [row for row in rows if row['variant'] == name]
-        returns = np.array([row['returns_by_step'] for row in mine])  # [S, steps + 1, M]
-        gain = returns[:, -1] - returns[:, 0]
-        table.append(dict(variant=name, seeds=[row['seed'] for row in mine], checkpoints=[row['checkpoint'] for row in mine], tasks=returns.shape[-1], iqm=[round(float(iqm(returns[:, k])), 3) for k in range(returns.shape[1])], iqm_by_seed=np.round(iqm(returns, axis=-1), 3).tolist(),
-                          iqm_ci95=[[round(x, 3) for x in stratified_interval(returns[:, k])] for k in range(returns.shape[1])], mean=np.round(returns.mean((0, 2)), 3).tolist(),
-                          gain_ci95=[round(x, 3) for x in stratified_interval(gain, np.mean)], scores=[row['scores'] for row in mine], hurt_rate=round(float((gain < 0).mean()), 4), training_s=[row['training_s'] for row in mine], training_cpu_s=[row.get('training_cpu_s') for row in mine],
-                          references={k: round(float(np.mean([row['references'][k] for row in mine])), 3) for k in mine[0]['references']}))
-    return table
+    "A row of the table for each variant."
+    variants = dict.fromkeys(row['variant'] for row in rows)
+    return [table_row([row for row in rows if row['variant'] == variant], name, changes) for variant in variants]
 
 
 def paired_differences(
     rows: list, # of `run_variant`
-) -> list: # of dicts: the first variant minus another, after each step, on the same seeds and test tasks
-    "Mean difference with a 95 % interval for these seeds on new tasks, and seed by seed; tasks are pairs."
+) -> list: # of dicts: the first variant minus another, after each step that both took, on the same seeds and test tasks
+    "Mean differences with their intervals over seeds and tasks, and seed by seed; tasks are pairs."
     returns = {}
     for row in rows: returns.setdefault(row['variant'], {})[row['seed']] = np.array(row['returns_by_step'])
     (first, mine), *others = returns.items()
     differences = []
     for name, theirs in others:
-        gap = np.array([mine[seed] - theirs[seed] for seed in mine if seed in theirs])  # [S, steps + 1, M]
-        for step in range(gap.shape[1] if len(gap) else 0):
-            differences.append(dict(first=first, variant=name, step=step, mean=round(float(gap[:, step].mean()), 3), ci95=[round(x, 3) for x in stratified_interval(gap[:, step], np.mean)], by_seed=gap[:, step].mean(1).round(3).tolist()))
+        seeds = [seed for seed in mine if seed in theirs]
+        steps = min((len(runs[seed]) for runs in (mine, theirs) for seed in seeds), default=0)
+        for step in range(steps):
+            gap = np.array([mine[seed][step] - theirs[seed][step] for seed in seeds])  # [S, M]
+            differences.append(dict(first=first, variant=name, step=step, seeds=seeds, interval_over=interval_over(len(seeds)), mean=rounded(gap.mean()), by_seed=rounded(gap.mean(1)))
+                               | {k: rounded(v) for k, v in seed_intervals(gap, np.mean).items()})
     return differences
 
 # %% ../nbs/08_pipeline.ipynb #080070
@@ -692,9 +803,10 @@ def run_experiment(
     device: str = 'cpu', # where to compute
     progress: bool = True, # show bars on stderr
     **meta, # changes of `MetaConfig`, for tiny versions
-) -> dict: # experiment, version, command, table of all that is there, published
+) -> dict: # experiment, version, config, variants, table of all that is there, differences, published
     "Run what is not yet there, seed by seed, and gather all that is. Raises ValueError for an unknown experiment or variant."
     if name not in EXPERIMENTS: raise ValueError(f'experiment={name!r} is not one of {", ".join(map(repr, EXPERIMENTS))}')
+    seeds, episodes, meta = [int(seed) for seed in seeds], None if episodes is None else int(episodes), {k: v.item() if isinstance(v, np.generic) else v for k, v in meta.items()}
     experiment = EXPERIMENTS[name] if episodes is None else replace(EXPERIMENTS[name], episodes=episodes, **{k: min(episodes, getattr(EXPERIMENTS[name], k)) for k in ('validation', 'score_tasks')})
     def about(variant, seed):  # what a result depends on
         return json.loads(json.dumps(dict(variant=variant, seed=seed, version=__version__, config=asdict(experiment.variant(variant, seed, **meta)), episodes=experiment.episodes, validation=experiment.validation, score_tasks=experiment.score_tasks)))
@@ -706,7 +818,7 @@ def run_experiment(
         if progress: print(f'{name}: {what["variant"]}, seed {what["seed"]}', file=sys.stderr)
         config = experiment.variant(what['variant'], what['seed'], **meta)
         trained_with = zlib.crc32(json.dumps([__version__, what['config'] | dict(adapt=None)]).encode())
-        write_text_whole(path, json.dumps(what | run_variant(experiment, config, path.with_suffix('') / f'{trained_with:08x}', progress, device)))
+        write_text_whole(path, to_json(what | run_variant(experiment, config, path.with_suffix('') / f'{trained_with:08x}', progress, device)))
         _gather(name, experiment, rows, about, episodes, meta)
     results = _gather(name, experiment, rows, about, episodes, meta)
     plot_experiment(results).figure.savefig(Path(folder) / 'results.png', dpi=150)
@@ -717,14 +829,35 @@ def run_experiment(
 def _gather(name, experiment, rows, about, episodes, meta):  # all results in a folder that fit: -> what stands in results.json
     found = [row for row in map(read_row, sorted(rows.glob('*.json'))) if row.get('variant') in experiment.variants and about(row['variant'], row['seed']).items() <= row.items()]
     found.sort(key=lambda row: (list(experiment.variants).index(row['variant']), row['seed']))
-    number = max(row['seed'] for row in found) + 1
-    changes = ''.join(f' --{key.replace("_", "-")} {value}' for key, value in (meta | ({} if episodes is None else dict(episodes=episodes))).items())
-    results = dict(experiment=name, version=__version__, command=f'ssm-metarl experiment {name} --seeds {number}{changes}', torch=torch.__version__, config=asdict(experiment.config), variants=experiment.variants,
-                   table=experiment_table(found), differences=paired_differences(found), published=experiment.published)
-    write_text_whole(rows.parent / 'results.json', json.dumps(results, indent=1) + '\n')
+    changes = meta | ({} if episodes is None else dict(episodes=episodes))
+    results = dict(experiment=name, version=__version__, config=asdict(experiment.config), variants=experiment.variants,
+                   table=experiment_table(found, name, changes), differences=paired_differences(found), published=experiment.published)
+    write_text_whole(rows.parent / 'results.json', to_json(results, indent=1) + '\n')
     return results
 
 # %% ../nbs/08_pipeline.ipynb #080075
+def show_interval(
+    bounds: list, # low, high, or None for both
+) -> str: # 'no interval' where there is none
+    "An interval, for a table."
+    return 'no interval' if None in bounds else f'[{bounds[0]:.2f}, {bounds[1]:.2f}]'
+
+
+def experiment_lines(
+    table: list, # of `run_experiment`
+) -> list: # of lines
+    "What an experiment found, for a terminal: each variant after 0, 1, ... steps with its intervals, and scores without gradient steps."
+    lines = []
+    for row in table:
+        lines.append(f'{row["variant"]:>12}: IQM after 0, 1, ... steps, 95 % interval over {row["interval_over"]}: ' + '  '.join(f'{x:.2f} {show_interval(ci)}' for x, ci in zip(row['iqm'], row['iqm_ci95'])))
+        if len(row['seeds']) > 1: lines.append(' ' * 14 + 't-interval over seeds alone: ' + '  '.join(map(show_interval, row['iqm_t95'])))
+        for seed, scores in zip(row['seeds'], row['scores']):
+            for split, ways in (scores or {}).items():
+                values = [(way, what, *value) for way, values in ways.items() for what, value in values.items()]
+                lines.append(f'{row["variant"]:>12}: seed {seed}, {split} tasks, without gradient steps: ' + ', '.join(f'{way} {what} {mean:.3f}' + (f' ± {error:.3f}' if error is not None else '') for way, what, mean, error in values))
+    return lines
+
+
 INTEGER, NUMBER, TEXT, FILE = (tyro.conf.arg(metavar=kind) for kind in ('INT', 'FLOAT', 'STR', 'PATH'))
 
 
@@ -815,10 +948,7 @@ class RunExperiment:
         if self.episodes is not None: check_episodes(self.episodes)
         meta = {} if self.outer_steps is None else dict(outer_steps=self.outer_steps)
         results = run_experiment(self.name, self.out / self.name, list(range(self.first_seed, self.first_seed + self.seeds)), list(self.variants) or None, self.episodes, self.device, **meta)
-        for row in results['table']: print(f'{row["variant"]:>12}: IQM after 0, 1, ... steps ' + '  '.join(f'{x:.2f} [{low:.2f}, {high:.2f}]' for x, (low, high) in zip(row['iqm'], row['iqm_ci95'])), file=sys.stderr)
-        for row in results['table']:
-            for seed, scores in zip(row['seeds'], row['scores']):
-                for split, ways in scores.items(): print(f'{row["variant"]:>12}: seed {seed}, {split} tasks, without gradient steps: ' + ', '.join(f'{way} {name} {value:.3f} ± {error:.3f}' for way, values in ways.items() for name, (value, error) in values.items()), file=sys.stderr)
+        print('\n'.join(experiment_lines(results['table'])), file=sys.stderr)
         return {row['variant']: row['iqm'] for row in results['table']} | dict(results=str(self.out / self.name / 'results.json'))
 
 # %% ../nbs/08_pipeline.ipynb #080077
@@ -883,7 +1013,7 @@ def main(
     try:
         result = parse(argv).run()
         for name, value in result.items(): print(f'{name:>20}  {show(value)}', file=sys.stderr)
-        print(json.dumps(result), flush=True)
+        print(to_json(result), flush=True)
     except ValueError as error: return fail(error, 2)
     except BrokenPipeError:  # nobody reads what we say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

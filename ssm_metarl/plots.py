@@ -6,8 +6,8 @@
 __all__ = ['COLOURS', 'SERIES', 'REFERENCES', 'SIZE', 'draw_on', 'dress', 'legend_above', 'number', 'plot_spectrum',
            'plot_kernels', 'running_mean', 'spread', 'draw_references', 'plot_training', 'has_paths', 'draw_paths',
            'draw_ends', 'frame', 'map_panels', 'map_legend', 'plot_paths', 'plot_adaptation_paths', 'plot_rewards',
-           'plot_returns_by_step', 'plot_gain', 'plot_monitor', 'plot_drift', 'plot_entropy', 'plot_experiment',
-           'plot_adaptation']
+           'plot_returns_by_step', 'plot_gain', 'plot_monitor', 'plot_drift', 'plot_entropy', 'seed_count',
+           'draw_variant', 'plot_experiment', 'plot_adaptation']
 
 # %% ../nbs/07_plots.ipynb #070002
 import matplotlib.pyplot as plt
@@ -226,7 +226,7 @@ def plot_returns_by_step(
     ax.plot(steps, mean, 'o-', color=COLOURS['after'], lw=2, ms=5)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     draw_references(ax, references)
-    return dress(ax, f'{number(mean[0])} → {number(mean[-1])} on {y.shape[1]} tasks', 'adaptation steps', 'return (mean, 95 % interval)')
+    return dress(ax, f'{number(mean[0])} → {number(mean[-1])} on {y.shape[1]} tasks', 'adaptation steps', 'return (mean, 95 % over tasks)')
 
 # %% ../nbs/07_plots.ipynb #070056
 def plot_gain(
@@ -284,21 +284,34 @@ def plot_entropy(
     return plot_monitor(values, 'entropy (nats)', low, ax=ax)
 
 # %% ../nbs/07_plots.ipynb #070066
+def seed_count(
+    table: list, # rows with 'seeds'
+) -> str: # such as '5 seeds', or '1 to 5 seeds'
+    "How many seeds the rows of a table have."
+    few, many = min(len(row['seeds']) for row in table), max(len(row['seeds']) for row in table)
+    return (f'{few} to ' if few < many else '') + f'{many} seed' + 's' * (many > 1)
+
+
+def draw_variant(ax, row, shift, colour):  # IQM after each step, bars (nested bootstrap) and a thin line (t over seeds), where there are some
+    y, steps = np.array(row['iqm'], float), np.arange(len(row['iqm'])) + shift
+    bars, t = (np.array(row.get(key) or [[None, None]] * len(y), float).T for key in ('iqm_ci95', 'iqm_t95'))  # [2, steps]; None becomes nan
+    ax.vlines(steps, *t, color=colour, lw=.8, alpha=.6)
+    alone = ' (bars: tasks of one seed)' if len(row['seeds']) == 1 else ''
+    ax.errorbar(steps, y, np.abs(bars - y), fmt='o-', color=colour, ms=4, lw=1.5, capsize=3, label=f'{row["variant"]}: IQM{alone}')
+
+
 def plot_experiment(
-    results: dict, # of `run_experiment`: 'table' with 'variant', 'iqm', 'iqm_ci95' and 'references', and 'published'
+    results: dict, # of `run_experiment`: 'table' with 'variant', 'seeds', 'iqm', 'iqm_ci95', 'iqm_t95' and 'references', and 'published'
     ax = None, # matplotlib axes; None: a new figure
 ): # the axes
     "Return after each step of adaptation, for each variant, beside published figures."
-    ax = draw_on(ax)
-    for i, row in enumerate(results['table']):
-        low, high = np.array(row['iqm_ci95']).T
-        steps = np.arange(len(row['iqm'])) + .06 * (i - 1)  # beside each other
-        ax.errorbar(steps, row['iqm'], [np.array(row['iqm']) - low, high - np.array(row['iqm'])], fmt='o-', color=f'C{i}', ms=4, lw=1.5, capsize=3, label=f'{row["variant"]}: IQM')
+    ax, table = draw_on(ax), results['table']
+    for i, row in enumerate(table): draw_variant(ax, row, .06 * (i - 1), f'C{i}')  # beside each other
     for (source, values), mark in zip(results['published'].items(), ('k*', 'kx', 'k+')): ax.plot(range(len(values)), values, mark, ms=9, label=f'{source}: mean')
-    if (nothing := results['table'][0]['references'].get('nothing')) is not None: ax.axhline(nothing, color='0.5', ls=':', label='do nothing')
-    ax.set_xticks(range(len(results['table'][0]['iqm'])))
+    if (nothing := table[0]['references'].get('nothing')) is not None: ax.axhline(nothing, color='0.5', ls=':', label='do nothing')
+    ax.set_xticks(range(max(len(row['iqm']) for row in table)))
     ax.legend(frameon=False, fontsize=8, loc='lower right')
-    return dress(ax, f'{results["experiment"]}: {len(results["table"][0]["seeds"])} seeds', 'gradient steps', 'return')
+    return dress(ax, f'{results["experiment"]}: {seed_count(table)}', 'gradient steps', 'return (95 % intervals)')
 
 # %% ../nbs/07_plots.ipynb #070069
 def plot_adaptation(

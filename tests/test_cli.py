@@ -56,10 +56,11 @@ def test_eval_and_adapt_play_the_same_episodes(trained, tmp_path):
     before = answer('eval', '--checkpoint', checkpoint, '--episodes', 7)
     after = answer('adapt', '--checkpoint', checkpoint, '--episodes', 7, '--adapt-steps', 2, '--online', '--figure', tmp_path / 'a.png')
     assert before.keys() == {'mean_return', 'std_return', 'episodes'} | REFERENCES
-    assert after.keys() == {'pre_return', 'post_return', 'improvement', 'improvement_ci95', 'normalised_gain', 'hurt_rate', 'returns_by_step', 'episodes'} | REFERENCES
+    assert after.keys() == {'pre_return', 'post_return', 'improvement', 'improvement_ci95', 'interval_over', 'normalised_gain', 'hurt_rate', 'returns_by_step', 'episodes'} | REFERENCES
     assert after['pre_return'] == before['mean_return'] == after['returns_by_step'][0] and len(after['returns_by_step']) == 3
     assert {k: before[k] for k in REFERENCES} == {k: after[k] for k in REFERENCES} and after['episodes'] == before['episodes'] == 7
     assert (tmp_path / 'a.png').stat().st_size > 10_000
+    assert after['interval_over'] == 'tasks of one training seed only'
     other = answer('eval', '--checkpoint', checkpoint, '--episodes', 7, '--seed', 5)
     assert other['mean_return'] != before['mean_return'] and answer('eval', '--checkpoint', checkpoint, '--episodes', 7) == before
 

@@ -1,0 +1,147 @@
+"Experiments and configs: what their files say, and that one can run again what they name."
+import json
+import shlex
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from ssm_metarl import pipeline
+from ssm_metarl.pipeline import EXPERIMENTS, main, paired_differences, parse, provenance, run_experiment, to_json
+
+SMALL = dict(episodes=3, outer_steps=2, progress=False)
+
+
+@pytest.fixture(autouse=True)
+def tiny_navigation(monkeypatch):  # the experiment 'nav2d', small enough for tests
+    nav2d = EXPERIMENTS['nav2d']
+    config = replace(nav2d.config, time_limit=10, num_envs=3, meta=replace(nav2d.config.meta, tasks_per_batch=3), adapt=replace(nav2d.config.adapt, trajectories=4))
+    monkeypatch.setitem(EXPERIMENTS, 'nav2d', replace(nav2d, config=config))
+
+
+def strict(text):  # JSON as its standard has it
+    def refuse(word): raise AssertionError(f'{word} is not JSON')
+    return json.loads(text, parse_constant=refuse)
+
+
+def row(variant, seed, steps=3, M=5, offset=0.):
+    rng = np.random.default_rng(seed)
+    return dict(variant=variant, seed=seed, returns_by_step=(rng.normal(size=(steps + 1, M)) + offset).tolist())
+
+
+def test_differences_of_variants_with_different_numbers_of_steps():
+    rows = [row('a', 0), row('a', 1), row('b', 0, steps=1), row('b', 1, steps=1), row('c', 0, steps=7)]
+    found = paired_differences(rows)
+    assert [(d['variant'], d['step'], d['seeds']) for d in found] == [('b', 0, [0, 1]), ('b', 1, [0, 1]), *[('c', k, [0]) for k in range(4)]]
+    assert found[-1]['t95'] == [None, None] and found[-1]['interval_over'] == 'tasks of one training seed only'
+    assert found[0]['interval_over'] == '2 seeds, and tasks within them'
+
+
+def test_intervals_of_differences_are_over_seeds():
+    rows = [row(name, seed, M=200, offset=offset * seed) for name, offset in (('a', 5.), ('b', 0.)) for seed in range(5)]
+    low, high = paired_differences(rows)[0]['ci95']
+    assert low < 6 and high > 14  # the seeds' differences are 0, 5, 10, 15, 20; over tasks alone the interval would be a point
+
+
+def test_one_test_task_gives_null_and_no_nan(tmp_path):
+    results = run_experiment('bandit-10-5', tmp_path, [0], ['SSM'], **SMALL | dict(episodes=1, tasks_per_batch=2))
+    text = (tmp_path / 'results.json').read_text()
+    assert strict(text) == json.loads(json.dumps(results)) and results['table'][0]['iqm_ci95'][0] == [None, None]
+    strict((tmp_path / 'rows' / 'SSM_0.json').read_text())
+
+
+def test_json_has_no_nan():
+    assert strict(to_json(dict(a=float('nan'), b=[1, np.inf], c=np.float32(2), d=np.array([1., np.nan]), e=(True, 'x', None)))) == dict(
+        a=None, b=[1, None], c=2, d=[1, None], e=[True, 'x', None])
+
+
+def test_an_experiment_of_one_task_in_a_terminal(tmp_path, capsys):
+    assert main(f'experiment bandit-10-5 --seeds 1 --variants SSM --outer-steps 1 --episodes 1 --out {tmp_path}'.split()) == 0
+    out, err = capsys.readouterr()
+    strict(out.splitlines()[-1]), strict((tmp_path / 'bandit-10-5' / 'results.json').read_text())
+    assert 'nan' not in err and 'tasks of one training seed only' in err
+
+
+def test_rows_carry_what_they_were_run_with(tmp_path, monkeypatch):
+    run_experiment('nav2d', tmp_path, [0], ['SSM'], **SMALL)
+    monkeypatch.setattr(pipeline, 'provenance', lambda device: dict(commit='elsewhere', device=device))  # another machine gathers, and adds a seed
+    results = run_experiment('nav2d', tmp_path, [1], ['SSM'], **SMALL)
+    rows = [json.loads((tmp_path / 'rows' / f'SSM_{seed}.json').read_text()) for seed in (0, 1)]
+    here = json.loads(json.dumps(provenance('cpu')))
+    assert rows[0]['provenance']['training'] == [here] and rows[0]['provenance']['evaluation'] == here
+    assert rows[1]['provenance']['training'] == [dict(commit='elsewhere', device='cpu')]
+    parameters = EXPERIMENTS['nav2d'].variant('SSM', 0).make_policy().get_params()
+    assert rows[0]['provenance']['parameters']['total'] == sum(v.numel() for v in parameters.values())
+    assert [p['training'][0]['commit'] for p in results['table'][0]['provenance']] == [here['commit'], 'elsewhere'] and 'torch' not in results
+    assert {'ssm_metarl', 'python', 'torch', 'numpy', 'gymnasium'} <= here['versions'].keys() and here['cpu'] and here['threads'] >= 1
+
+
+def test_each_session_of_a_training_leaves_its_own_provenance(tmp_path, monkeypatch):
+    config = EXPERIMENTS['nav2d'].variant('SSM', 0, outer_steps=2, tasks_per_batch=2)
+    config = replace(config, meta=replace(config.meta, outer_lr_decay=False))
+    pipeline.train(config, tmp_path, progress=False)
+    monkeypatch.setattr(pipeline, 'provenance', lambda device: dict(commit='elsewhere'))
+    pipeline.train(replace(config, meta=replace(config.meta, outer_steps=4)), tmp_path, resume=True, progress=False)
+    log = pipeline.read_log(tmp_path)
+    assert [line['step'] for line in log if 'provenance' in line] == [0, 2] and log[2]['provenance'] == dict(commit='elsewhere')
+
+
+def test_commit_of_a_checkout_and_of_none(tmp_path, monkeypatch):
+    source_commit = pipeline.source_commit.__wrapped__  # without its cache
+    assert source_commit(tmp_path) == 'unknown'
+    git = lambda *words: pipeline.subprocess.run(['git', '-C', tmp_path, '-c', 'user.name=a', '-c', 'user.email=a@b', *words], check=True, capture_output=True, text=True).stdout.strip()
+    git('init'), (tmp_path / '__init__.py').write_text('')
+    assert source_commit(tmp_path) == 'unknown'  # in a repository, but not of it
+    git('add', '.'), git('commit', '-m', 'one')
+    commit = git('rev-parse', '--short=12', 'HEAD')
+    assert source_commit(tmp_path) == commit
+    (tmp_path / '__init__.py').write_text('changed = True')
+    assert source_commit(tmp_path) == commit + '+'
+    monkeypatch.setenv('PATH', '')
+    assert source_commit(tmp_path) == 'unknown'
+
+
+@pytest.mark.parametrize('seeds, variants, changes', [([0, 1], ['SSM'], {}), ([3], ['no memory'], {}), ([0, 2, 3], ['SSM', 'no memory'], dict(outer_steps=3))])
+def test_the_printed_command_gives_the_row_again(seeds, variants, changes, tmp_path):
+    results = run_experiment('nav2d', tmp_path / 'first', seeds, variants, **SMALL | changes)
+    (tmp_path / 'again').mkdir()
+    for line in results['table']:
+        for command in line['command'].split(' && '):
+            program, *words = shlex.split(command)
+            assert program == 'ssm-metarl' and main([*words, '--out', str(tmp_path / 'again')]) == 0
+    again = json.loads((tmp_path / 'again' / 'nav2d' / 'results.json').read_text())
+    what = lambda results: [{k: v for k, v in line.items() if k not in ('training_s', 'training_cpu_s', 'provenance')} for line in results['table']]
+    assert what(again) == what(json.loads(json.dumps(results)))
+
+
+def test_what_the_command_line_cannot_say_is_said_in_python(tmp_path, monkeypatch):
+    results = run_experiment('nav2d', tmp_path, [1], ['SSM'], **SMALL, tasks_per_batch=2)
+    python, flag, code = shlex.split(results['table'][0]['command'])
+    assert (python, flag) == ('python', '-c') and 'tasks_per_batch=2' in code
+    monkeypatch.chdir(tmp_path)
+    exec(code)
+    again = json.loads((tmp_path / 'experiments' / 'nav2d' / 'results.json').read_text())
+    assert again['table'][0]['iqm'] == results['table'][0]['iqm']
+
+
+def test_nothing_is_done_twice_and_what_is_damaged_is_done_again(tmp_path):
+    small, both = SMALL | dict(tasks_per_batch=2), ['SSM', 'no memory']
+    results = run_experiment('nav2d', tmp_path, [0, 1], both, **small)
+    path = tmp_path / 'rows' / 'SSM_1.json'
+    first, begin = json.loads(path.read_text()), path.stat().st_mtime_ns
+    checkpoints = lambda: sorted((tmp_path / 'rows' / 'SSM_1').glob('*/latest.npz'))
+    np.testing.assert_allclose(pipeline.evaluate_with_adaptation(checkpoints()[0], episodes=3).returns_by_step, first['returns_by_step'], atol=1e-3)
+    assert run_experiment('nav2d', tmp_path, [0, 1], both, **small) == results and path.stat().st_mtime_ns == begin
+    path.write_text(path.read_text()[:100])  # torn
+    again = run_experiment('nav2d', tmp_path, [0, 1], both, **small)
+    assert [r['iqm'] for r in again['table']] == [r['iqm'] for r in results['table']]
+    assert json.loads(path.read_text())['training_s'] == first['training_s']  # trained once, and that is the time it took
+    assert json.loads(path.read_text())['provenance']['training'] == first['provenance']['training']
+    run_experiment('nav2d', tmp_path, [1], ['SSM'], **small | dict(outer_steps=3))
+    assert len(checkpoints()) == 2
+
+
+def test_experiments_and_variants_that_are_none(tmp_path):
+    with pytest.raises(ValueError, match="experiment='nav3d' is not one of 'nav2d'"): run_experiment('nav3d', tmp_path / 'x')
+    with pytest.raises(ValueError, match="variant='LSTM' is not one of 'SSM', 'no memory', 'GRU'"): run_experiment('nav2d', tmp_path / 'x', variants=['LSTM'])
+    assert not (tmp_path / 'x').exists()
