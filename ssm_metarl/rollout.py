@@ -209,7 +209,9 @@ class Rollout:
 
     def _look_ahead(self, act, action, reward, cut, info):  # one more step of the policy, as if the episode went on
         if not cut.any(): return
-        t, obs = len(self.acted), self._tensor(info.get('final_obs', self.obs).reshape(*self.shape, -1))
+        t, obs = len(self.acted), np.array(self.obs)
+        if 'final_obs' in info: obs[info['_final_obs']] = np.stack(info['final_obs'][info['_final_obs']])
+        obs = self._tensor(obs.reshape(*self.shape, -1))
         if self.policy.config.history: obs = torch.cat([obs, history(self.policy, action, self._tensor(reward), self._tensor(np.zeros_like(cut)))], -1)
         self.after[..., t] = act(obs, self.memory, self.noise[t])[1]['value'].masked_fill(~self._tensor(cut), 0)
 

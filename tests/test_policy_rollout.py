@@ -320,7 +320,7 @@ def test_a_trial_is_cut_after_its_last_episode_only():
     rollout.env.step = remembered
     traj = rollout.run(params, 1)
     inputs = policy_inputs(policy, traj)
-    last = torch.cat([torch.from_numpy(final['final_obs']).view(2, 2, 2), traj.action[..., -1, :], traj.reward[..., -1:], torch.zeros(2, 2, 1)], -1)
+    last = torch.cat([torch.from_numpy(np.stack(final['final_obs'])).view(2, 2, 2), traj.action[..., -1, :], traj.reward[..., -1:], torch.zeros(2, 2, 1)], -1)
     value = policy.functional(params, torch.cat([inputs, last.unsqueeze(2)], 2))['value']
     torch.testing.assert_close(rollout.after[..., -1], value[..., -1], rtol=0, atol=1e-6)
     assert not rollout.after[..., :-1].any()
