@@ -778,9 +778,10 @@ class TaskEnv(BatchMember, gym.Env):
         self.metadata = {key: value for key, value in self.metadata.items() if key != 'autoreset_mode'}
 
     def reset(self, *, seed: int = None, options: dict = None) -> tuple: # observation [O], {}
-        "Start an episode; `options={'task': task}` sets the task, else the last one stays."
+        "Start an episode; `options={'task': task}` sets the task. Raises ValueError for another option."
         super().reset(seed=seed)
-        if options and 'task' in options: self.set_task(options['task'])
+        if unknown := set(options or {}) - {'task'}: raise ValueError(f"options={options}: {', '.join(map(repr, sorted(unknown)))} is unknown; there is 'task'")
+        if options: self.set_task(options['task'])
         obs, info = self.batch.reset(seed=seed)
         return obs[0], info
 
