@@ -630,7 +630,7 @@ class EnvBatch(TaskBatch):
                  new_task_on_reset: bool = False): # and another one for each episode
         self.autoreset_mode, self.freeze, self.render_mode = AutoresetMode(autoreset_mode), freeze, render_mode
         if freeze and self.autoreset_mode != AutoresetMode.DISABLED: raise ValueError(f'freeze=True: with autoreset_mode={self.autoreset_mode} nothing stays over; leave out one of them')
-        self.stops = self.autoreset_mode == AutoresetMode.DISABLED and not freeze
+        self.restarts, self.stops = self.autoreset_mode == AutoresetMode.SAME_STEP, self.autoreset_mode == AutoresetMode.DISABLED and not freeze
         N = config.num_envs
         self.t, self.terminated, self.truncated = np.zeros(N, int), np.zeros(N, bool), np.zeros(N, bool)
         self.actions, self.no_noise = None, read_only(np.zeros((N, 0), np.float32))
@@ -664,7 +664,7 @@ class EnvBatch(TaskBatch):
             raise ValueError(f'{type(self.family).__name__}.step gave reward {np.shape(reward)} and terminated {np.shape(terminated)}; both must have shape ({self.num_envs},)')
         self.t += 1
         truncated = ((self.t >= self.config.time_limit) | truncated) > terminated  # and not terminated
-        if self.autoreset_mode is AutoresetMode.SAME_STEP: return self._restart(state, reward, terminated, truncated)
+        if self.restarts: return self._restart(state, reward, terminated, truncated)
         if np.count_nonzero(over := self.terminated | self.truncated): state, reward, terminated, truncated = self._after_end(over, state, reward, terminated, truncated)
         self.state, self.terminated, self.truncated = read_only(state), terminated, truncated
         return self._observe(state, self.tasks), np.array(reward, np.float32), terminated.copy(), truncated.copy(), {}
@@ -673,9 +673,7 @@ class EnvBatch(TaskBatch):
         obs, over = self._observe(state, self.tasks), terminated | truncated
         rows, info = over.nonzero()[0], {}
         if len(rows):
-            last = np.empty(self.num_envs, object)  # None where no episode ended, as in Gymnasium
-            for i, o in zip(rows.tolist(), obs[rows]): last[i] = o
-            info = {'final_obs': last, '_final_obs': over, 'final_info': {}, '_final_info': over.copy()}
+            info = {'final_obs': np.array(obs), '_final_obs': over, 'final_info': {}, '_final_info': over.copy()}
             state, obs[rows] = self._start(rows, state)
         self.state = read_only(state)
         return obs, np.array(reward, np.float32), terminated, truncated, info
@@ -780,9 +778,10 @@ class TaskEnv(BatchMember, gym.Env):
         self.metadata = {key: value for key, value in self.metadata.items() if key != 'autoreset_mode'}
 
     def reset(self, *, seed: int = None, options: dict = None) -> tuple: # observation [O], {}
-        "Start an episode; `options={'task': task}` sets the task, else the last one stays."
+        "Start an episode; `options={'task': task}` sets the task. Raises ValueError for another option."
         super().reset(seed=seed)
-        if options and 'task' in options: self.set_task(options['task'])
+        if unknown := set(options or {}) - {'task'}: raise ValueError(f"options={options}: {', '.join(map(repr, sorted(unknown)))} is unknown; there is 'task'")
+        if options: self.set_task(options['task'])
         obs, info = self.batch.reset(seed=seed)
         return obs[0], info
 
