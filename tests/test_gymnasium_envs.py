@@ -1,5 +1,6 @@
 "Gymnasium's own environments as families: physics that change, processes, ends, and what a user may get wrong."
 import gc
+import importlib
 import pickle
 
 import gymnasium as gym
@@ -184,6 +185,165 @@ def test_mistakes():
     with pytest.raises(ValueError, match=r'environments \[1\] are not integers from 0 to 1'): env.reset() and env.step([0, 2])
     env.close()
     with pytest.raises(RuntimeError, match='closed'): env.reset()
+
+
+# Spaces, seeds and settings of foreign environments.
+
+class Strict(gym.Env):
+    "Sees and does what it is told to, refuses any action that is no member of its space, and needs a seed that NumPy's old generator takes."
+    def __init__(self, seen=spaces.Box(-1, 1, (2,), np.float32), done=spaces.Discrete(2), render_mode=None): self.observation_space, self.action_space = seen, done
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if seed is not None: np.random.RandomState(seed)
+        return self.observation_space.sample(), {}
+    def step(self, action):
+        assert self.action_space.contains(action), f'{action!r} is no member of {self.action_space}'
+        return self.observation_space.sample(), 0., False, False, {}
+
+
+class StrictFamily(GymnasiumFamily):
+    env_id, ranges = 'EnvsTestStrict-v0', {'nothing': (0., 1.)}
+    def apply(self, env, task): pass
+
+
+@pytest.fixture
+def strict():
+    "A function: spaces -> the name of a family that has them."
+    gym.register('EnvsTestStrict-v0', entry_point=Strict)
+    def make(**options):
+        register_family('EnvsTestStrictFamily-v0')(type('StrictFamily', (StrictFamily,), {'make_options': options, '__module__': __name__, '__qualname__': 'StrictFamily'}))
+        return 'EnvsTestStrictFamily-v0'
+    yield make
+    unregister_family('EnvsTestStrictFamily-v0')
+    gym.registry.pop('EnvsTestStrict-v0')
+
+
+def roll_out(name, steps=6, **options):
+    config = EnvConfig(name, num_envs=2, time_limit=steps, options=options)
+    family = config.family
+    policy = SSMMetaPolicy(family.observation_space, family.action_space, PolicyConfig(hidden_dim=8, state_dim=4, init_log_std=1.), 0)
+    return collect(policy, policy.get_params(), sample_tasks(config, 2), config)
+
+
+@pytest.mark.parametrize('done', [
+    spaces.Box(-.5, .5, (2,), np.float32), spaces.Box(0, np.inf, (2,), np.float64), spaces.Box(np.array([-np.inf, -1, 0]), np.array([np.inf, np.inf, 1]), dtype=np.float16),
+    spaces.Box(-100, 100, (1,), np.int8), spaces.Box(-2**63, 2**63 - 1, (2,), np.int64), spaces.Discrete(3, start=-7), spaces.Discrete(5, start=2)], ids=str)
+def test_actions_are_members_of_their_space(strict, done): assert roll_out(strict(done=done)).mask.all()
+
+
+def test_an_option_that_changes_a_space(strict):
+    "As an option of the family, and as a changed class attribute: spaces, and environments that wait, belong to their options."
+    class Sized(StrictFamily):
+        def __init__(self, size: int = 3, parallel: bool = False):
+            self.make_options = {'seen': spaces.Box(-1, 1, (size,), np.float32)}
+            super().__init__(parallel)
+
+    strict()
+    register_family('EnvsTestSized-v0')(Sized)
+    for size in (3, 5, 3): assert roll_out('EnvsTestSized-v0', size=size).obs.shape[-1] == size
+    unregister_family('EnvsTestSized-v0')
+    name = strict(seen=spaces.Box(-1, 1, (3,), np.float32))
+    assert roll_out(name).obs.shape[-1] == 3
+    EnvConfig(name).family.make_options['seen'] = spaces.Box(-1, 1, (4,), np.float32)
+    assert roll_out(name).obs.shape[-1] == 4
+
+
+def test_spaces_are_found_once_for_each_option(monkeypatch):
+    found = []
+    monkeypatch.setattr(Lake, 'find_spaces', lambda self, original=Lake.find_spaces: found.append(self) or original(self))
+    Lake.found_spaces = {}
+    for _ in range(3): EnvConfig('EnvsTestLake-v0').family
+    assert len(found) == 1
+
+
+def test_seeds_suit_old_generators(strict):
+    "`numpy.random.RandomState` takes seeds below 2^32, others below 2^31."
+    name, seeds = strict(), []
+    env = EnvBatch(EnvConfig(name, 50))
+    for one in env.envs.envs: one.env.reset = lambda original=one.env.reset, **kw: seeds.append(kw['seed']) or original(**kw)
+    env.reset(seed=2**63)
+    assert len(set(seeds)) == 50 and 0 <= min(seeds) and 2**30 < max(seeds) < 2**31
+    env.close()
+
+
+@pytest.mark.parametrize('seen, part', [
+    (spaces.Sequence(spaces.Box(0, 1, (2,))), 'observation is Sequence'), (spaces.Graph(spaces.Box(0, 1, (2,)), None), 'observation is Graph'),
+    (spaces.Box(0, 1, (0,)), 'observation is the empty Box'), (spaces.Dict(image=spaces.Box(0, 1, (7, 7, 3)), mission=spaces.Text(10)), r"observation\['mission'\] is Text"),
+    (spaces.Tuple([spaces.Discrete(2), spaces.Sequence(spaces.Discrete(2))]), r'observation\[1\] is Sequence')], ids=lambda x: type(x).__name__)
+def test_observations_that_are_no_vectors(strict, seen, part):
+    with pytest.raises(ValueError, match=f'EnvsTestStrict-v0: {part}.* override plain_env') as error: EnvConfig(strict(seen=seen)).family
+    assert '\n' not in str(error.value)
+
+
+def test_a_wrapper_in_plain_env_leaves_a_text_out(strict):
+    class Reader(StrictFamily):
+        make_options = {'seen': spaces.Dict(mission=spaces.Text(10), where=spaces.Box(-1, 1, (3,)))}
+        def plain_env(self): return gym.wrappers.FilterObservation(super().plain_env(), ['where'])
+    strict()
+    assert Reader().observation_space.shape == (3,)
+
+
+def test_images_are_flattened_and_cost_something(strict):
+    name = strict(seen=spaces.Dict(view=spaces.Box(0, 255, (40, 30, 3), np.uint8), speed=spaces.Box(-1, 1, (2,))))
+    with pytest.warns(UserWarning, match=r'EnvsTestStrict-v0: an array of shape \(40, 30, 3\) becomes a vector of 3,600 numbers.*14 kB'): family = EnvConfig(name).family
+    assert family.observation_space.shape == (3602,)
+    small = strict(seen=spaces.Box(0, 255, (7, 7, 3), np.uint8))
+    assert EnvConfig(small).family.observation_space.shape == (147,)
+
+
+def test_an_integer_that_does_not_start_at_zero_becomes_one_hot(strict):
+    assert roll_out(strict(seen=spaces.Discrete(4, start=-2))).obs.sum(-1).eq(1).all()
+
+
+def test_forgotten_and_wrong_settings():
+    class Nameless(GymnasiumFamily): ranges = {'length': (0, 1)}
+    class Texts(GymnasiumFamily): env_id, make_options = 'CartPole-v1', 'sutton_barto_reward=True'
+    with pytest.raises(ValueError, match="Nameless: env_id=None is not a Gymnasium id"): Nameless()
+    with pytest.raises(ValueError, match="Texts: make_options='sutton_barto_reward=True' is not a dict"): Texts()
+    with pytest.raises(ValueError, match="Pole: parallel='no' is not True or False"): Pole('no')
+
+
+def test_a_batch_that_is_collected_closes_nothing():
+    "Gymnasium 1.1 closes a vector environment when it is collected; later releases do not."
+    env = EnvBatch(EnvConfig('EnvsTestPole-v0', 2))
+    env.__del__()
+    assert not env.envs.closed and not env.closed
+    env.close()
+
+
+def newest(name):
+    "The newest registered version of an environment."
+    versions = [int(i.removeprefix(f'{name}-v')) for i in gym.registry if i.startswith(f'{name}-v') and i.removeprefix(f'{name}-v').isdigit()]
+    return f'{name}-v{max(versions)}'
+
+
+@pytest.mark.parametrize('name, module', [
+    ('MountainCar', None), ('MountainCarContinuous', None), ('Acrobot', None), ('Pendulum', None), ('Taxi', None), ('FrozenLake', None), ('CliffWalking', None), ('Blackjack', None),
+    ('LunarLander', 'Box2D'), ('Ant', 'mujoco'), ('Hopper', 'mujoco'), ('popgym-RepeatPreviousEasy', 'popgym'), ('popgym-AutoencodeEasy', 'popgym'), ('MiniGrid-Empty-5x5', 'minigrid')])
+def test_foreign_environments(name, module):
+    if module: importlib.import_module(module) if importlib.util.find_spec(module) else pytest.skip(f'{module} is not installed')
+    class Foreign(GymnasiumFamily):
+        env_id, ranges = newest(name), {'nothing': (0., 1.)}
+        def apply(self, env, task): pass
+        def plain_env(self):
+            env = super().plain_env()
+            return gym.wrappers.FilterObservation(env, ['image', 'direction']) if name.startswith('MiniGrid') else env
+    register_family('EnvsTestForeign-v0')(Foreign)
+    check_family('EnvsTestForeign-v0', 2, 12)
+    traj = roll_out('EnvsTestForeign-v0', steps=20)
+    assert traj.obs.isfinite().all() and traj.mask[..., 0].all() and traj.obs.shape[-1] == EnvConfig('EnvsTestForeign-v0').family.observation_space.shape[0]
+    unregister_family('EnvsTestForeign-v0')
+
+
+def test_meta_world_reach():
+    pytest.importorskip('metaworld')
+    if int(pytest.importorskip('mujoco').__version__.split('.')[0]) > 3: pytest.skip('Meta-World 3 needs MuJoCo 3')
+    class Reach(GymnasiumFamily):
+        env_id, make_options, ranges = 'Meta-World/MT1', {'env_name': 'reach-v3'}, {'nothing': (0., 1.)}
+        def apply(self, env, task): pass
+    register_family('EnvsTestReach-v0')(Reach)
+    assert roll_out('EnvsTestReach-v0').obs.shape[-1] == 39
+    unregister_family('EnvsTestReach-v0')
 
 
 # The half-cheetah.
