@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 config = ConfigParser(delimiters=['='])
-config.read('settings.ini', encoding='utf-8')
+config.read(Path(__file__).with_name('settings.ini'), encoding='utf-8')
 cfg = config['DEFAULT']
 extras = {name.removesuffix('_requirements'): value.split() for name, value in cfg.items() if name.endswith('_requirements')}
 
@@ -21,6 +21,7 @@ setup(
     url=cfg['git_url'],
     license='Apache-2.0',
     packages=find_packages(include=[f'{cfg["lib_path"]}*']),
+    package_data={cfg['lib_path']: ['py.typed']},
     python_requires=f'>={cfg["min_python"]}',
     install_requires=cfg['requirements'].split(),
     extras_require=extras,

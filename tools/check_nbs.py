@@ -33,23 +33,23 @@ def imported_modules(cell, lib):
 
 
 def foreign_imports(cells):
-    "Top-level names of what code cells import from elsewhere."
+    "What code cells import from elsewhere: its top-level name, and whether the cell needs it (it may do without what a function or a `try` imports)."
     for cell in cells:
         if cell['cell_type'] != 'code': continue
         try: tree = ast.parse('\n'.join(line for line in source(cell).splitlines() if not line.lstrip().startswith(('%', '!'))))
         except SyntaxError: continue
         for node in ast.walk(tree):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
-            yield from {name.split('.')[0] for name in names} - sys.stdlib_module_names
+            for name in {name.split('.')[0] for name in names} - sys.stdlib_module_names: yield name, node in tree.body
 
 
-def installed_for_notebooks(root):
-    "Top-level names that the library and its extra `notebook` install."
+def installed(root, *extras):
+    "Top-level names that the library and some of its extras install."
     settings = ConfigParser(delimiters=['='])
     settings.read(root / 'settings.ini', encoding='utf-8')
-    wanted = (settings['DEFAULT'][key].split() for key in ('requirements', 'notebook_requirements'))
+    wanted = (settings['DEFAULT'][key].split() for key in ('requirements', *(f'{extra}_requirements' for extra in extras)))
     names = {re.split(r'[\[<>=]', requirement)[0] for group in wanted for requirement in group}
-    return {{'scikit-learn': 'sklearn'}.get(name, name) for name in names} | {settings['DEFAULT']['lib_name']}
+    return {{'scikit-learn': 'sklearn', 'pillow': 'PIL'}.get(name, name).replace('-', '_') for name in names} | {settings['DEFAULT']['lib_name']}
 
 
 def check(root):
@@ -66,7 +66,9 @@ def check(root):
             owner[module] = path
         if len(cells[path]) > MAX_CELLS: say(f'{len(cells[path])} cells; at most {MAX_CELLS}, split it by idea')
         if path.stat().st_size > MAX_BYTES: say(f'{path.stat().st_size / 1e3:.0f} kB; at most {MAX_BYTES / 1e3:.0f}, use fewer or smaller figures')
-        if missing := set(foreign_imports(cells[path])) - installed_for_notebooks(root): say(f'imports {", ".join(sorted(missing))}, which the extra `notebook` does not install')
+        imported = set(foreign_imports(cells[path]))
+        if missing := {name for name, needed in imported if needed} - installed(root, 'notebook'): say(f'imports {", ".join(sorted(missing))}, which the extra `notebook` does not install')
+        if missing := {name for name, needed in imported if not needed} - installed(root, 'notebook', 'interop', 'mujoco', 'bench'): say(f'may import {", ".join(sorted(missing))}, which no extra installs')
         if 'widgets' in json.loads(path.read_text())['metadata']: say('widget state is stored in its metadata; clear it')
         for i, cell in enumerate(cells[path]):
             for output in cell.get('outputs', []):

@@ -44,6 +44,7 @@ CHECKS = {
     'export': lambda: leaves_unchanged('ssm_metarl', '*.py', 'nbdev_export'),
     'readme': lambda: run(sys.executable, 'tools/readme.py', '--check'),
     'nbdev_test': lambda: run('nbdev_test', '--n_workers', '2', '--timing'),
+    'twice': lambda: run(sys.executable, 'tools/twice.py', '00b_cores', '02a_own_env', '04d_guards', '07_plots'),
     'pytest': lambda: run(sys.executable, '-m', 'pytest', '-q', 'tests'),
     'docs': lambda: run(sys.executable, 'tools/preview.py'),
     'kernel': lambda: in_a_kernel('09_train_eval_adapt'),
