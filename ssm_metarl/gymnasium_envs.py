@@ -102,13 +102,16 @@ class GymnasiumBatch(EnvBatch):
             self._call('set_attr', 'task', [task if now else None for task, now in zip(self.get_tasks(), new)])
             self.changed &= ~new
         seeds = [None] * self.num_envs
-        for i, seed in zip(rows, splitmix64(self.luck.x[rows]) >> np.uint64(33)): seeds[i] = int(seed)  # below 2^31, as old generators need it
-        return self.family.encode(self._call('reset', seed=seeds, options={'reset_mask': mask})[0][rows])
+        small = splitmix64(self.luck.x[rows]) >> np.uint64(33)  # below 2^31, as old generators need it
+        for i, seed in zip(rows, small): seeds[i] = int(seed)
+        obs, _ = self._call('reset', seed=seeds, options={'reset_mask': mask})
+        return self.family.encode(obs[rows])
 
     def _advance(self, actions):
         obs, reward, _, _, info = self._call('step', actions)
         nobody = np.zeros(self.num_envs, bool)
-        return self.family.encode(obs), reward, *(np.array(info.get(end, nobody), bool) for end in ('terminated', 'truncated'))
+        ends = (np.array(info.get(end, nobody), bool) for end in ('terminated', 'truncated'))
+        return self.family.encode(obs), reward, *ends
 
     def __del__(self): pass  # Gymnasium 1.1 closes here; our environments wait
 
@@ -201,25 +204,27 @@ class GymnasiumFamily(Family):
             if not isinstance(value := getattr(self, field), dict):
                 raise ValueError(f'{name}: {field}={value!r} is not a dict of names and values')
 
-    def find_spaces(self) -> tuple: # of observations; of actions; pictures per second (0: none); lowest observation that is to be one-hot (None: they are vectors)
+    def find_spaces(self) -> tuple: # of observations; of actions; pictures per second; lowest number to be one-hot, or None
         "Spaces of one environment, with observations in float32. Warns of images."
         env = self.make_env()
-        space, actions, draws = env.observation_space, env.action_space, 'rgb_array' in env.metadata.get('render_modes', [])
-        if isinstance(env.env, gym.wrappers.FlattenObservation): self.warn_of_images(env.env.env.observation_space)
-        fps = env.metadata.get('render_fps', 30) if draws else 0
+        space, actions, about = env.observation_space, env.action_space, env.metadata
+        fps = about.get('render_fps', 30) if 'rgb_array' in about.get('render_modes', []) else 0
+        flattened = isinstance(env.env, gym.wrappers.FlattenObservation)
+        if flattened: self.warn_of_images(env.env.env.observation_space)
         env.close()
         if not isinstance(actions, (spaces.Discrete, spaces.Box)): raise ValueError(f'{self.env_id} has actions in {actions}; only Discrete and Box are possible')
         if isinstance(space, spaces.Discrete):
             return spaces.Box(0, 1, (int(space.n),), np.float32), actions, fps, int(space.start)
-        with np.errstate(over='ignore'): low, high = (x.astype(np.float32) for x in (space.low, space.high))
+        with np.errstate(over='ignore'): low, high = space.low.astype(np.float32), space.high.astype(np.float32)
         return spaces.Box(low, high, dtype=np.float32), actions, fps, None
 
     def warn_of_images(self, space):
         for shape in big_arrays(space):
             n = np.prod(shape)
-            warnings.warn(f'{self.env_id}: an array of shape {shape} becomes a vector of {n:,} numbers; the encoder has {n:,} weights for each '
-                          f'unit and task, a step of a rollout keeps {4 * n / 1e3:,.0f} kB, and no layer sees a picture; make it smaller in plain_env, '
-                          'with gymnasium.wrappers.ResizeObservation or GrayscaleObservation, say', stacklevel=2)
+            warnings.warn(
+                f'{self.env_id}: an array of shape {shape} becomes a vector of {n:,} numbers; the encoder has '
+                f'{n:,} weights for each unit and task, a step of a rollout keeps {4 * n / 1e3:,.0f} kB, and no layer sees '
+                'a picture; make it smaller in plain_env, say with gymnasium.wrappers.ResizeObservation', stacklevel=2)
 
     def encode(self,
                obs: np.ndarray, # of many environments, [n, O], or int [n]
@@ -234,14 +239,14 @@ class GymnasiumFamily(Family):
         return gym.make(self.env_id, max_episode_steps=-1, disable_env_checker=True, **options)
 
     def make_env(self) -> gym.Env:
-        "One environment, with vectors as observations, or numbers that are to be one-hot. Raises ValueError for observations that cannot be flattened."
+        "One environment, which shows vectors, or numbers that are to be one-hot. Raises ValueError if it can show neither."
         env = self.plain_env()
         space = env.observation_space
         if why := obstacle(space):
-            raise ValueError(f'{self.env_id}: {why[:160]}, and that is no vector of numbers; override plain_env with a wrapper that '
-                             'leaves it out or encodes it, such as gymnasium.wrappers.FilterObservation or TransformObservation')
-        if not isinstance(space, spaces.Discrete) and not (isinstance(space, spaces.Box) and len(space.shape) == 1): env = gym.wrappers.FlattenObservation(env)
-        return TaskWrapper(env, self)
+            raise ValueError(f'{self.env_id}: {why[:160]}, and that is no vector of numbers; override plain_env with a wrapper '
+                             'that leaves it out or encodes it, such as gymnasium.wrappers.FilterObservation')
+        ready = isinstance(space, spaces.Discrete) or isinstance(space, spaces.Box) and len(space.shape) == 1
+        return TaskWrapper(env if ready else gym.wrappers.FlattenObservation(env), self)
 
     def apply(self,
               env: gym.Env, # one environment

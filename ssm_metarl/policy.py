@@ -45,7 +45,7 @@ def kl_divergence(
     p: dict, # outputs of one policy
     q: dict, # outputs of another at the same observations
 ) -> Tensor: # KL(p || q), [...], in nats
-    "How far apart two action distributions are: the mean of log p(a) - log q(a) over actions of p; infinite where q forbids one of them."
+    "How far apart two action distributions are: the mean of log p(a) - log q(a) over actions of p; inf where q forbids one."
     if 'logits' in p:
         log_p, log_q = F.log_softmax(p['logits'], -1), F.log_softmax(q['logits'], -1)
         return (log_p.exp() * (log_p - log_q).masked_fill(log_p == -math.inf, 0)).sum(-1)
@@ -157,20 +157,21 @@ def fixed_heads(
 # %% ../nbs/01_policy.ipynb #010092
 def action_units(
     space: spaces.Box, # of actions, [A]
-) -> tuple: # centre, scale, lowest, highest: float64, each [A], or one number if all dimensions agree
-    "How a policy's -1 and 1 become the bounds of each dimension, and where an action is clipped, in numbers that the space's dtype can hold."
-    below, above = space.bounded_below, space.bounded_above
+) -> tuple: # centre, scale, lowest, highest: float64 [A], or one number if all dimensions agree
+    "How -1 and 1 become the bounds of each dimension, and where an action is clipped, in numbers that the space's dtype holds."
+    two_bounds = space.bounded_below & space.bounded_above
     low, high = space.low.astype(np.float64), space.high.astype(np.float64)
-    if space.dtype.kind in 'iu':  # a float64 beside a large integer may lie beyond it
-        low = np.array([x if int(x) >= int(bound) else np.nextafter(x, np.inf) for x, bound in zip(low, space.low)])
-        high = np.array([x if int(x) <= int(bound) else np.nextafter(x, -np.inf) for x, bound in zip(high, space.high)])
+    if space.dtype.kind in 'iu':  # the nearest float64 may lie beyond a large integer
+        below = np.array([int(x) < int(bound) for x, bound in zip(low, space.low)])
+        above = np.array([int(x) > int(bound) for x, bound in zip(high, space.high)])
+        low = np.where(below, np.nextafter(low, np.inf), low)
+        high = np.where(above, np.nextafter(high, -np.inf), high)
     elif space.dtype.kind == 'f':
-        limits = np.finfo(space.dtype)
-        low, high = low.clip(limits.min), high.clip(max=limits.max)
-    centre = np.where(below & above, low / 2 + high / 2, np.clip(0, low, high))
-    scale = np.where(below & above, high / 2 - low / 2, 1.)
-    common = lambda x: float(x[0]) if (x == x[0]).all() else x  # a product with one number is faster
-    return tuple(common(x) for x in (centre, scale, low, high))
+        low, high = low.clip(np.finfo(space.dtype).min), high.clip(max=np.finfo(space.dtype).max)
+    centre = np.where(two_bounds, low / 2 + high / 2, np.clip(0, low, high))
+    scale = np.where(two_bounds, high / 2 - low / 2, 1.)
+    # a product with one number is faster
+    return tuple(float(x[0]) if (x == x[0]).all() else x for x in (centre, scale, low, high))
 
 # %% ../nbs/01_policy.ipynb #010055
 class SSMMetaPolicy(nn.Module):
@@ -195,8 +196,8 @@ class SSMMetaPolicy(nn.Module):
         self._build(config, seed)
 
     def _build(self, config, seed):
-        layer = lambda *sizes: nn.utils.skip_init(nn.Linear, *sizes, device=torch.get_default_device())  # the usual initialisation would draw from the global generator
-        H = config.hidden_dim
+        H, device = config.hidden_dim, torch.get_default_device()
+        layer = lambda *sizes: nn.utils.skip_init(nn.Linear, *sizes, device=device)  # the usual initialisation would draw from the global generator
         self.core = CORES[config.core](SSMConfig(H, config.state_dim, H, init=config.init), seed)
         self.encoder, self.norm, self.mixer = layer(self.input_dim, H), nn.LayerNorm(H), layer(H, H)
         self.action, self.value = layer(H, self.action_dim), layer(H, 1)
@@ -207,7 +208,8 @@ class SSMMetaPolicy(nn.Module):
                         seed: int): # the same seed gives the same parameters
         "Draw all parameters afresh, from a generator of its own: no global random state is touched."
         g = torch.Generator('cpu').manual_seed(seed)
-        normal = lambda parameter, std: parameter.copy_(torch.empty(parameter.shape, dtype=parameter.dtype, device='cpu').normal_(0, std, generator=g))  # the same on any device
+        def normal(p, std):  # drawn on the CPU, so the same on any device
+            p.copy_(torch.empty(p.shape, dtype=p.dtype, device='cpu').normal_(0, std, generator=g))
         self.core.init_parameters(seed)
         with torch.no_grad():
             for layer, gain in ((self.encoder, 2.), (self.mixer, 1.), (self.action, .1), (self.value, .1)):
@@ -287,11 +289,12 @@ class SSMMetaPolicy(nn.Module):
     def to_env(self,
                action: np.ndarray, # what the policy chose: [..., A] in units of half the action range, or int [...]
               ) -> np.ndarray: # what the environment takes, in the dtype of its space
-        "Scale an action to the environment's range: -1 and 1 become the bounds of a dimension, 0 the start of a Discrete space. Raises ValueError for nan."
-        if self.discrete: return (action + self.action_space.start).astype(self.action_space.dtype, copy=False)
+        "Scale an action to the environment's range, clip and round it: -1 and 1 become the bounds of a dimension, 0 the start of a Discrete space. Raises ValueError for an integer that would be nan."
+        space = self.action_space
+        if self.discrete: return (action + space.start).astype(space.dtype, copy=False)
         centre, scale, low, high = self.units
         action = (action.astype(np.float64) * scale + centre).clip(low, high)
-        kind = self.action_space.dtype
-        if kind.kind == 'f': return action.astype(kind)
-        if np.isnan(action).any(): raise ValueError(f'an action is nan, which is no member of {self.action_space}; check the policy that chose it')
-        return np.rint(action).astype(kind).clip(self.action_space.low, self.action_space.high)  # a float64 skips some large integers
+        if space.dtype.kind == 'f': return action.astype(space.dtype)
+        if np.isnan(action).any():
+            raise ValueError(f'an action is nan, which is no member of {space}; check the policy that chose it')
+        return np.rint(action).astype(space.dtype).clip(space.low, space.high)  # float64 skips some large integers

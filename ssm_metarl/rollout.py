@@ -148,7 +148,7 @@ class Rollout:
                  start: int = 0, # global index of the first task
                  deterministic: bool = False, # the most likely action instead of a sample
                  actor: Callable = None, # of parameters, gives a function of one step; None: `policy.actor`
-                 bootstrap: bool = False): # also fill `after`: the value of what would follow where the clock ends a trajectory
+                 bootstrap: bool = False): # also fill `after`, the value of what the clock cut off
         if not tasks: raise ValueError('tasks is empty; give at least one, as sample_tasks does')
         M, K = self.shape = len(tasks), config.num_envs
         self.policy, self.actor, self.like, self.length, self.start = policy, actor or policy.actor, next(policy.parameters()), config.trial_length, start
@@ -204,16 +204,19 @@ class Rollout:
     def _find_culprit(self, obs, out):  # the environment, or the policy; a logit may be -inf
         if not obs.isfinite().all():
             m, k = (~obs.isfinite().all(-1)).nonzero(as_tuple=True)
-            raise FloatingPointError(f'observations of environments {(m * self.shape[1] + k).tolist()} (tasks {(m + self.start).tolist()}) are not finite at step {len(self.acted)}; look at these environments')
-        require_finite('action probabilities', out.logsumexp(-1) if self.policy.discrete else out, start=self.start)
+            which = f'{(m * self.shape[1] + k).tolist()} (tasks {(m + self.start).tolist()})'
+            raise FloatingPointError(f'observations of environments {which} are not finite at step {len(self.acted)}; look at these environments')
+        out = out.logsumexp(-1) if self.policy.discrete else out
+        require_finite('action probabilities', out, start=self.start)
 
     def _look_ahead(self, act, action, reward, cut, info):  # one more step of the policy, as if the episode went on
         if not cut.any(): return
-        t, obs = len(self.acted), np.array(self.obs)
-        if 'final_obs' in info: obs[info['_final_obs']] = np.stack(info['final_obs'][info['_final_obs']])
-        obs = self._tensor(obs.reshape(*self.shape, -1))
-        if self.policy.config.history: obs = torch.cat([obs, history(self.policy, action, self._tensor(reward), self._tensor(np.zeros_like(cut)))], -1)
-        self.after[..., t] = act(obs, self.memory, self.noise[t])[1]['value'].masked_fill(~self._tensor(cut), 0)
+        t, obs = len(self.acted), self._tensor(info.get('final_obs', self.obs).reshape(*self.shape, -1))
+        if self.policy.config.history:
+            past = history(self.policy, action, self._tensor(reward), torch.zeros_like(self._tensor(cut)))
+            obs = torch.cat([obs, past], -1)
+        value = act(obs, self.memory, self.noise[t])[1]['value']
+        self.after[..., t] = value.masked_fill(~self._tensor(cut), 0)
 
     @torch.no_grad()
     def recompute_memory(self,
@@ -238,7 +241,7 @@ def collect(
     return Rollout(policy, tasks, config, purpose, key, start, deterministic, actor).run(params, config.trial_length)
 
 # %% ../nbs/03_rollout.ipynb #030055
-def _standardised(x, real):  # rows [M, F, n] with mean 0 and standard deviation 1 over the real steps; 0 where a row is constant
+def _standardised(x, real):  # rows [M, F, n], mean 0 and deviation 1 over real steps; 0 if a row is constant
     n = real.sum(-1, keepdim=True).clamp(min=1)
     x = (x - x.sum(-1, keepdim=True) / n) * real
     std = torch.linalg.vector_norm(x, dim=-1, keepdim=True) / n.sqrt()
@@ -248,11 +251,12 @@ def _standardised(x, real):  # rows [M, F, n] with mean 0 and standard deviation
 def baseline_features(
     traj: Trajectories, # of M tasks
 ) -> Tensor: # [M, F, K T], float64; F = 2 O + 3; 0 where masked
-    "Time t, observation o, o^2, t^2 and t^3, each standardised over the real steps of its task; t comes first."
+    "Time t, observation o, t^2, o^2 and t^3, each standardised over the real steps of its task."
     o, real = traj.obs.double().movedim(-1, 1), traj.mask.unsqueeze(1)  # [M, O, K, T]
     t = torch.arange(o.shape[-1], dtype=o.dtype, device=o.device).expand_as(o[:, :1])
     x, real = torch.cat([t, o], 1).masked_fill_(~real, 0).flatten(2), real.flatten(2).double()
-    x = x.div_(torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True).clamp(min=1e-300))  # so that no square overflows
+    largest = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True)
+    x = x.div_(largest.clamp(min=1e-300))  # so that no square overflows
     z = _standardised(x, real)
     return torch.cat([z, _standardised(torch.cat([z.square(), z[:, :1]**3], 1), real)], 1)
 
@@ -276,11 +280,13 @@ def linear_baseline(
     returns: Tensor, # discounted return from each step on, [M, K, T]
     ridge: float = 1e-2, # penalty, relative to the variance of a feature
 ) -> Tensor: # predicted return, [M, K, T], float64; 0 where masked
-    "Return as a linear function of (o, o^2, t, t^2, t^3, 1), fitted per task (Duan et al., ICML 2016) and shrunk to a line in t where the steps are few."
-    if 2 * traj.obs.shape[-1] > traj.mask[0].numel() and len(returns) > 1:  # images: one task at a time, to save memory
-        return torch.cat([linear_baseline(traj.of_tasks([m]), returns[m:m + 1], ridge) for m in range(len(returns))])
+    "Linear in (o, o^2, t, t^2, t^3, 1), fitted per task (Duan et al., ICML 2016), and shrunk to a line in t where steps are few."
+    M, many = len(returns), 2 * traj.obs.shape[-1] > traj.mask[0].numel()
+    if many and M > 1:  # images: one task at a time, to save memory
+        return torch.cat([linear_baseline(traj.of_tasks([m]), returns[[m]], ridge) for m in range(M)])
     X, real = baseline_features(traj), traj.mask.flatten(1).unsqueeze(1)
-    n, y = real.double().sum(-1, keepdim=True).clamp(min=1), returns.double().flatten(1).unsqueeze(1).masked_fill(~real, 0)
+    n = real.double().sum(-1, keepdim=True).clamp(min=1)
+    y = returns.double().flatten(1).unsqueeze(1).masked_fill(~real, 0)
     t = X[:, :1]
     line = y.sum(-1, keepdim=True) / n * real + y @ t.mT / n * t
     fit, freedom = ridge_fit(X, y - line, ridge * n)
@@ -293,7 +299,7 @@ def gae(
     value: Tensor, # [..., T], 0 where masked
     gamma: float, # discount
     lam: float, # 1: return minus value; 0: one-step error
-    after: Tensor = None, # value of what would follow, where the clock ended a trajectory, 0 elsewhere, [..., T]; None: nothing follows
+    after: Tensor = None, # value of what the clock cut off, 0 elsewhere, [..., T]; None: nothing follows
 ) -> Tensor: # advantage, [..., T]
     "Generalised advantage estimate (Schulman et al., ICLR 2016)."
     follows = torch.cat([value[..., 1:], torch.zeros_like(value[..., :1])], -1)
@@ -332,14 +338,12 @@ def policy_surrogate(
     kind: str = 'ratio', # 'ratio': pi / pi_old, low-variance curvature (Rothfuss et al., ICLR 2019); 'dice': all of the curvature (Foerster et al., ICML 2018; for advantages Farquhar et al., NeurIPS 2019); 'logprob': log pi
     clip: float = None, # PPO clipping of the ratio to 1 - clip .. 1 + clip; None: off
 ) -> Tensor: # loss to minimise, [M]: mean over the real steps of each task
-    """The policy-gradient loss, the only one in the library. Raises ValueError for another kind, or a clipped log-probability.
-
-    Where PPO clips, no exponential is taken. Elsewhere one that overflows makes the loss infinite or nan as well, which every learner refuses (`require_finite`); saturating it would hide how far the policy has moved."""
+    "The policy-gradient loss, the only one in the library. Raises ValueError for another kind, or a clipped log-probability."
     if kind not in SURROGATES: raise ValueError(f'kind={kind!r} is not one of {SURROGATES}')
     if clip is not None and kind != 'ratio': raise ValueError(f'clip={clip} needs a ratio, not kind={kind!r}; leave one of them out')
     change = logp if kind == 'logprob' else logp - logp_old.detach()
     change = change.masked_fill(~mask, 0)  # first of all, so that nothing after the end reaches the gradient, not even nan
-    if clip is not None:  # the smaller of ratio * advantage and clipped ratio * advantage, clipped before the exponential
+    if clip is not None:  # clipped before the exponential, which might overflow where nothing is to be gained
         lowest = log1p(-clip) if clip < 1 else -inf
         change = torch.where(advantage >= 0, change.clamp(max=log1p(clip)), change.clamp(min=lowest))
     if kind == 'dice':  # a step weighs what its action adds to the ratio of the whole past

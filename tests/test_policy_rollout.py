@@ -168,7 +168,7 @@ def test_five_steps_do_not_lose_their_signal():
     assert (normalise(G - linear_baseline(traj, G), traj.mask) * pooled).mean() > .25  # a whole fit leaves -.05
 
 
-@pytest.mark.parametrize('features', [294, 27_648])  # MiniGrid's picture, and a third of CarRacing's
+@pytest.mark.parametrize('features', [294, 27_648])  # pictures of MiniGrid and of CarRacing
 def test_a_baseline_of_images_takes_seconds_at_most(features):
     g = torch.Generator().manual_seed(0)
     obs, y = torch.randn(1, 4, 50, features, generator=g), torch.randn(1, 4, 50, generator=g)
