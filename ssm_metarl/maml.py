@@ -23,7 +23,7 @@ from .compiling import Compiled, CompiledStepper
 from .envs import MAX_TASKS, EnvConfig
 from .inner_loop import gradient_step, stack
 from .policy import SSMMetaPolicy, action_log_prob, entropy, kl_divergence
-from .rollout import (SURROGATES, Trajectories, advantages, collect, discounted_sum, gae, linear_baseline, masked_mean,
+from .rollout import (SURROGATES, Rollout, Trajectories, advantages, collect, discounted_sum, gae, linear_baseline, masked_mean,
                                 policy_inputs, policy_surrogate, require_finite, value_loss)
 from .ssm import plain_numbers
 
@@ -57,6 +57,7 @@ class MetaConfig:
     compile: bool = False # compile meta-gradient, adaptation and the steps of rollouts: one to three minutes at the start, then each is faster; needs a C++ compiler
     step_size_lr: float = 1e-2 # step size of Adam on the logarithms of Meta-SGD's step sizes
     exploration_term: bool = False # reward support trajectories for where they lead (E-MAML); with second derivatives it needs surrogate='logprob'
+    bootstrap: bool = False # joint training and RL²: count what would follow where the time limit cuts a trajectory, as the value head sees it; False: the limit is a part of the task
 
     def __post_init__(self):
         plain_numbers(self)
@@ -562,16 +563,19 @@ class JointTraining(MetaLearner):
 
     @classmethod
     def used_fields(cls, config):
-        used = EVERYBODY | {'outer_epochs', 'entropy_coef', 'tasks_per_chunk'}
+        used = EVERYBODY | {'outer_epochs', 'entropy_coef', 'tasks_per_chunk', 'bootstrap'}
         if config.entropy_coef: used |= {'entropy_fade'}
         return used | {'clip'} if config.outer_epochs > 1 else used
 
     def targets(self,
                 traj: Trajectories, # of M tasks
+                after: Tensor = None, # what the value head says of the time after a cut, as in `Rollout.after`; None: nothing counts there
                ) -> tuple: # advantages [M, K, T]; what the value head should say [M, K, T]; unit of its squared error
         "What a step of training learns from."
-        returns = discounted_sum(traj.reward.masked_fill(~traj.mask, 0), self.config.gamma)
-        return advantages(traj, self.config.gamma, self.config.gae_lambda), returns, returns_variance(traj, self.config.gamma)
+        gamma = self.config.gamma
+        if after is not None: traj = replace(traj, reward=traj.reward + gamma * after)  # as if it were paid at the cut
+        returns = discounted_sum(traj.reward.masked_fill(~traj.mask, 0), gamma)
+        return advantages(traj, gamma, self.config.gae_lambda), returns, returns_variance(traj, gamma)
 
     def epoch(self, traj, advantage, returns, unit):  # one step of Adam, chunk by chunk
         M, results, steps = len(advantage), [], mean_steps(traj)
@@ -586,9 +590,10 @@ class JointTraining(MetaLearner):
 
     def outer_step(self, tasks):
         with self.all_or_nothing():
-            traj = collect(self.policy, {k: v.detach() for k, v in self.params.items()}, tasks, self.env, key=(self.step, 0))
+            rollout = Rollout(self.policy, tasks, self.env, key=(self.step, 0), bootstrap=self.config.bootstrap)
+            traj = rollout.run({k: v.detach() for k, v in self.params.items()}, self.env.trial_length)
             require_finite('rewards', traj.reward.masked_fill(~traj.mask, 0))
-            targets = self.targets(traj)
+            targets = self.targets(traj) if rollout.after is None else self.targets(traj, rollout.after)
             for _ in range(self.config.outer_epochs): loss, kl, norm = self.epoch(traj, *targets)
             self.step += 1
         score = traj.returns.mean().item()

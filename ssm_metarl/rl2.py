@@ -28,10 +28,14 @@ def trial_targets(
     traj: Trajectories, # trials of M tasks, K each
     gamma: float = 1., # discount
     gae_lambda: float = 1., # 1: return minus value
+    after: Tensor = None, # what the value head says of the time after a cut, in its units, as in `Rollout.after`; None: nothing counts there
 ) -> tuple: # advantages [M, K, T], what the value head should say [M, K, T]; both 0 where masked
     "Advantages of whole trials, centred for each time step and of mean square 1. The value head works in standard units: how far a return is above the mean of its time step."
     mask, reward = traj.mask, traj.reward.masked_fill(~traj.mask, 0)
     returns = discounted_sum(reward, gamma)
+    if after is not None:  # in the unit of what was observed; its mean is the same for all that are cut, and drops out
+        reward = reward + gamma * after * (returns - over_batch(returns, mask))[mask].square().mean().sqrt()
+        returns = discounted_sum(reward, gamma)
     mean = over_batch(returns, mask)
     unit = (returns - mean)[mask].square().mean().sqrt().clamp(min=1e-6)
     value = (mean + unit * traj.value).masked_fill(~mask, 0)
@@ -56,9 +60,9 @@ class RL2(JointTraining):
     def compare(self, trials):  # whether there are two to compare
         if trials < 2: raise ValueError(f'a batch of {trials} trial has nothing to compare it with, so RL² would learn nothing; take tasks_per_batch or num_envs of 2 or more')
 
-    def targets(self, traj):
+    def targets(self, traj, after=None):
         self.compare(traj.mask[..., 0].numel())
-        return *trial_targets(traj, self.config.gamma, self.config.gae_lambda), 1.
+        return *trial_targets(traj, self.config.gamma, self.config.gae_lambda, after), 1.
 
 
 LEARNERS = LEARNERS | {'joint': JointTraining, 'rl2': RL2}  # meta-learners by name

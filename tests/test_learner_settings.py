@@ -13,7 +13,7 @@ from ssm_metarl.rl2 import LEARNERS, RL2
 from ssm_metarl.rollout import collect
 
 CHANGES = dict(inner_steps=3, inner_lr=.03, first_order=True, head='action.bias', surrogate='dice', gamma=.4, gae_lambda=.3, outer='trpo', outer_lr=.01, outer_lr_decay=True, outer_epochs=2, clip=1e-4,
-               inner_kl=5., max_kl=.0001, entropy_coef=.3, entropy_fade=.5, max_grad_norm=.01, exploration_term=True, step_size_lr=.5)
+               inner_kl=5., max_kl=.0001, entropy_coef=.3, entropy_fade=.5, max_grad_norm=.01, exploration_term=True, step_size_lr=.5, bootstrap=True)
 COST = 'tasks_per_chunk', 'compile'  # the same numbers, sooner or in less memory
 LOOP = 'outer_steps', 'tasks_per_batch'  # read by whoever trains
 CANNOT = ('reptile', 'outer'), ('meta-sgd', 'outer'), ('reptile', 'exploration_term')  # not ignored: impossible, or done by half

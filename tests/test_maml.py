@@ -11,9 +11,9 @@ from gymnasium import spaces
 
 from ssm_metarl.envs import FAMILIES, EnvConfig, Family, register_family, sample_tasks
 from ssm_metarl.inner_loop import stack
-from ssm_metarl.maml import MetaConfig, MetaLearner, MetaMAML, inner_step
+from ssm_metarl.maml import MetaConfig, MetaLearner, MetaMAML, inner_step, never_negative, trust_region
 from ssm_metarl.policy import PolicyConfig, SSMMetaPolicy, action_log_prob, kl_divergence
-from ssm_metarl.rollout import Rollout, advantages, collect, masked_mean, policy_inputs, policy_surrogate, require_finite
+from ssm_metarl.rollout import Rollout, advantages, collect, gae, linear_baseline, masked_mean, normalise, policy_inputs, policy_surrogate, require_finite
 
 M, K, T = 3, 4, 10
 
@@ -321,6 +321,70 @@ def test_a_trust_region_step_is_a_natural_gradient_step(name):
     fall = lambda x: -(g @ x / (size(x) * size(natural))).item()  # per nat, as a share of the best
     assert fall(step) > max(.6, 1.2 * fall(-g))  # ten conjugate gradients are most of the way, and steeper than the gradient
     assert g @ step < 0 and .2 * delta < metrics['kl'] <= delta
+
+
+@pytest.mark.parametrize('case', [dict(), dict(name='MamlTestCorridor-v0', history=True, entropy_coef=.05), dict(inner_steps=2, first_order=True)], ids=str)
+def test_a_trust_region_in_chunks_is_the_same_region(case):
+    "Gradients and Fisher products are sums over chunks."
+    whole = make(outer='trpo', **case)
+    metrics = whole.outer_step(tasks_of(whole))
+    assert metrics['kl'] > 0
+    for size in (1, 2, 7):
+        parts = make(outer='trpo', tasks_per_chunk=size, **case)
+        assert parts.outer_step(tasks_of(parts)) == pytest.approx(metrics, rel=1e-6, abs=1e-8)
+        for k, v in whole.params.items(): torch.testing.assert_close(parts.params[k], v, rtol=1e-5, atol=1e-8)
+    learner = make(outer='trpo', tasks_per_chunk=1)
+    support, query, advantage = trajectories(learner)
+    advantage[2] = torch.nan
+    with pytest.raises(FloatingPointError, match=r'losses of tasks \[2\] are not finite'): learner.trust_region_step(support, query, advantage)
+
+
+def test_a_trust_region_step_never_ends_where_the_loss_is_not_finite():
+    "A wild ratio can overflow to a loss of minus infinity, where the divergence is still small."
+    cliff = lambda p: (torch.where(p[0] < -.01, -torch.inf, p[0].sum())[None], 1e-3 * (p[0]**2).sum()[None])
+    start = [torch.zeros((), dtype=torch.float64, requires_grad=True)]
+    (new,), loss, kl, _ = trust_region([cliff], start, .01, shorten=.3)
+    assert -.01 <= new < 0 and loss.isfinite().all()
+
+
+def test_a_wild_step_has_a_finite_penalty_and_a_gradient_that_leads_back():
+    change = torch.tensor([0., 1., 19., 21., 100., 1e4, -100.], requires_grad=True)
+    value = never_negative(change)
+    slope, = torch.autograd.grad(value.sum(), change)
+    assert value.isfinite().all() and slope.isfinite().all() and (value >= 0).all() and (slope[1:6] > 0).all() and slope[6] == -1
+    torch.testing.assert_close(value[:3], change[:3].exp() - 1 - change[:3], rtol=1e-6, atol=0)
+    learner = make(inner_kl=1.)
+    support, query, advantage = trajectories(learner)
+    support = [(replace(t, logp=t.logp.float() - 100), a.float()) for t, a in support]  # in float32, exp(100) overflows
+    learner.policy.float(), learner.params.update({k: v.detach().float().requires_grad_() for k, v in learner.params.items()})
+    _, extra = learner.adapted(learner.params, [(type(t)(**{k: v.float() if v.is_floating_point() else v for k, v in vars(t).items()}), a) for t, a in support])
+    grads = torch.autograd.grad(extra.sum(), list(learner.params.values()), allow_unused=True)
+    assert extra.isfinite().all() and all(g.isfinite().all() for g in grads if g is not None)
+
+
+def test_joint_training_counts_what_would_follow_a_cut():
+    "Returns and advantages against loops; an episode that ends by its own rules has nothing to follow."
+    from ssm_metarl.maml import JointTraining
+    plain = make('MamlTestCorridor-v0', history=True)
+    learner = JointTraining(plain.policy, plain.env, replace(plain.config, bootstrap=True, gamma=.9, gae_lambda=.7))
+    tasks, params = tasks_of(learner), {k: v.detach() for k, v in learner.params.items()}
+    rollout = Rollout(learner.policy, tasks, learner.env, bootstrap=True)
+    traj = rollout.run(params, T)
+    cut = (traj.truncated & traj.mask).any(-1)
+    assert cut.any() and not cut.all()
+    advantage, returns, _ = learner.targets(traj, rollout.after)
+    for m in range(M):
+        for k in range(K):
+            steps = traj.mask[m, k].nonzero().flatten().tolist()
+            G = rollout.after[m, k, steps[-1]].item()
+            assert (G != 0) == bool(cut[m, k])
+            for t in reversed(steps):
+                G = traj.reward[m, k, t].item() + .9 * G
+                assert returns[m, k, t].item() == pytest.approx(G, abs=1e-10)
+    baseline = linear_baseline(traj, returns)
+    A = normalise(gae(traj.reward.masked_fill(~traj.mask, 0), baseline, .9, .7, rollout.after), traj.mask)
+    torch.testing.assert_close(advantage, A, rtol=0, atol=1e-10)
+    learner.outer_step(tasks)
 
 
 def test_the_outer_rate_decays_to_nothing():

@@ -122,11 +122,17 @@ def test_what_follows_the_end_reaches_neither_loss_nor_gradient(core):
     for a, b in zip(losses(traj), losses(spoilt)): assert torch.equal(a, b)
 
 
-def by_loops(reward, value, mask, gamma, lam):
+def by_loops(reward, value, mask, gamma, lam, after=None):
     "Targets from the equations: lists, no tensors."
     n, T = len(reward), len(reward[0])
     real = [[t for t in range(T) if mask[i][t]] for i in range(n)]
-    returns = [{t: sum(gamma**(u - t) * reward[i][u] for u in real[i] if u >= t) for t in real[i]} for i in range(n)]
+    to_go = lambda: [{t: sum(gamma**(u - t) * reward[i][u] for u in real[i] if u >= t) for t in real[i]} for i in range(n)]
+    returns = to_go()
+    if after is not None:
+        mean = {t: np.mean([returns[i][t] for i in range(n) if t in returns[i]]) for t in range(T) if any(t in G for G in returns)}
+        unit = np.sqrt(np.mean([(returns[i][t] - mean[t])**2 for i in range(n) for t in real[i]]))
+        reward = [[reward[i][t] + gamma * unit * after[i][t] for t in range(T)] for i in range(n)]
+        returns = to_go()
     mean = {t: np.mean([returns[i][t] for i in range(n) if t in returns[i]]) for t in range(T) if any(t in G for G in returns)}
     unit = max(np.sqrt(np.mean([(returns[i][t] - mean[t])**2 for i in range(n) for t in real[i]])), 1e-6)
     V = [{t: mean[t] + unit * value[i][t] for t in real[i]} for i in range(n)]
@@ -152,6 +158,31 @@ def test_targets_are_those_of_the_equations(gamma, lam):
     traj = made_up()
     rows = [x.flatten(0, 1).tolist() for x in (traj.reward, traj.value, traj.mask)]
     for x, y in zip(trial_targets(traj, gamma, lam), by_loops(*rows, gamma, lam)): np.testing.assert_allclose(x.flatten(0, 1).numpy(), y, atol=1e-12)
+
+
+@pytest.mark.parametrize('gamma, lam', [(1., 1.), (.9, .5)])
+def test_bootstrapped_targets_are_those_of_the_equations(gamma, lam):
+    traj = made_up()
+    last = traj.mask & ~traj.mask.roll(-1, -1)
+    after = torch.randn(traj.reward.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64).masked_fill(~last, 0)
+    after[0] = 0  # a task that ended by its own rules
+    rows = [x.flatten(0, 1).tolist() for x in (traj.reward, traj.value, traj.mask)]
+    for x, y in zip(trial_targets(traj, gamma, lam, after), by_loops(*rows, gamma, lam, after.flatten(0, 1).tolist())): np.testing.assert_allclose(x.flatten(0, 1).numpy(), y, atol=1e-12)
+    for x, y in zip(trial_targets(traj, gamma, lam, torch.zeros_like(after)), trial_targets(traj, gamma, lam)): torch.testing.assert_close(x, y, rtol=0, atol=1e-12)
+    whole = replace(traj, mask=torch.ones_like(traj.mask))  # all are cut at the same time, so what they have in common drops out
+    end = torch.arange(7) == 6
+    for x, y in zip(trial_targets(whole, gamma, lam, after * 0 + end * 5.), trial_targets(whole, gamma, lam)): torch.testing.assert_close(x, y, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize('place', ['continuous actions', 'episodes that end early'])
+def test_bootstrapping_learns_and_resumes(place):
+    learner, plain = make(place, bootstrap=True, gamma=.9), make(place, gamma=.9)
+    for x in (learner, plain): x.outer_step(tasks_of(x))
+    assert any((learner.params[k] != v).any() for k, v in plain.params.items())
+    other = make(place, bootstrap=True, gamma=.9)
+    other.load_state_dict(learner.state_dict())
+    assert learner.outer_step(tasks_of(learner, 1)) == other.outer_step(tasks_of(other, 1))
+    assert_same(learner.state_dict(), other.state_dict())
 
 
 def test_advantages_do_not_depend_on_units_order_or_what_all_have_in_common():
