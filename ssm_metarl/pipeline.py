@@ -171,7 +171,7 @@ CONFIGS = {
         meta=MetaConfig(outer_steps=50, tasks_per_batch=8, inner_steps=1, inner_lr=1e-2),
         adapt=AdaptConfig(steps=5, lr=1e-2),
     ),
-    # the protocol of Finn et al. (ICML 2017) for this task; a step of 0.1 wrecks a network that is twice as wide. Later steps and the number of outer steps were chosen on validation tasks
+    # task, batches and inner step of Finn et al. (ICML 2017), but neither their network nor their outer step; an inner step of 0.1 wrecks a network that is twice as wide. Later steps and the number of outer steps were chosen on validation tasks
     'nav2d': ExperimentConfig(
         seed=42,
         env_name='MetaGymToy-v0',
