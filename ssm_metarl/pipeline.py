@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['CONFIGS', 'FORMAT', 'FORMAT_VERSION', 'EXPERIMENTS', 'MEMORIES', 'RELATIVES', 'INTEGER', 'NUMBER', 'TEXT', 'FILE',
-           'AdaptConfig', 'ExperimentConfig', 'learn_in_memory', 'config_from_dict', 'load_config', 'CheckpointError',
-           'save_checkpoint', 'load_checkpoint', 'check_device', 'make_learner', 'to_json', 'source_commit',
-           'cpu_model', 'provenance', 'writable_folder', 'read_log', 'write_log', 'set_aside', 'resume_state', 'train',
-           'load_learner', 'load_policy', 'check_episodes', 'reference_row', 'evaluate', 'choose_trajectories',
-           'AdaptationResult', 'policy_batch', 'with_step_sizes', 'adaptation_functions', 'adapt_policy',
-           'online_episode', 'online_advantages', 'check_adaptation', 'evaluate_with_adaptation', 'Experiment',
-           'trial_scores', 'parameter_counts', 'run_variant', 'rounded', 'with_intervals', 'experiment_command',
-           'table_row', 'experiment_table', 'paired_differences', 'write_text_whole', 'read_row', 'run_experiment',
-           'show_interval', 'experiment_lines', 'check_figure', 'Train', 'Eval', 'Adapt', 'RunExperiment',
-           'config_flag', 'one_line', 'parse', 'show', 'fail', 'main']
+           'check_type', 'check_fields', 'as_saved', 'AdaptConfig', 'ExperimentConfig', 'learn_in_memory',
+           'config_from_dict', 'load_config', 'CheckpointError', 'save_checkpoint', 'load_checkpoint', 'check_device',
+           'check_adaptation', 'make_learner', 'to_json', 'source_commit', 'cpu_model', 'provenance', 'writable_folder',
+           'read_log', 'write_log', 'set_aside', 'resume_state', 'train', 'load_learner', 'load_policy',
+           'check_episodes', 'reference_row', 'evaluate', 'choose_trajectories', 'AdaptationResult', 'policy_batch',
+           'with_step_sizes', 'adaptation_functions', 'adapt_policy', 'online_episode', 'online_advantages',
+           'evaluate_with_adaptation', 'Experiment', 'trial_scores', 'parameter_counts', 'run_variant', 'rounded',
+           'with_intervals', 'experiment_command', 'table_row', 'experiment_table', 'paired_differences',
+           'write_text_whole', 'read_row', 'run_experiment', 'show_interval', 'experiment_lines', 'check_figure',
+           'Train', 'Eval', 'Adapt', 'RunExperiment', 'config_flag', 'one_line', 'plain_decimals', 'parse', 'show',
+           'fail', 'main']
 
 # %% ../nbs/08_pipeline.ipynb #080003
 import argparse
@@ -32,7 +33,9 @@ import sys
 import tempfile
 import time
 import tomllib
+import types
 import typing
+import warnings
 import zlib
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -58,7 +61,40 @@ from .plots import plot_adaptation, plot_experiment
 from .policy import PolicyConfig, SSMMetaPolicy
 from .rl2 import LEARNERS
 from .rollout import Rollout, Trajectories, advantages, collect, gae, normalise, policy_inputs
-from .ssm import read_npz, write_npz
+from .ssm import plain_numbers, read_npz, write_npz
+
+# %% ../nbs/08_pipeline.ipynb #4b71b83b
+def check_type(
+    owner: str, # name of the class, for the message
+    name: str, # of a field
+    value, # that it shall hold
+    kind, # its type
+):
+    "Raises ValueError if a field of a config cannot hold a value; an int may stand where a float is declared."
+    origin = typing.get_origin(kind)
+    allowed = origin if isinstance(origin, type) and origin is not types.UnionType else kind  # dict[str, int] -> dict
+    number = type(value) is int and kind is float
+    if not (number or isinstance(value, allowed)) or isinstance(value, bool) and bool not in (kind, *typing.get_args(kind)):
+        raise ValueError(f'{owner}.{name}={repr(value)[:80]} is not of type {getattr(kind, "__name__", kind)}')
+
+
+def check_fields(
+    config, # a dataclass
+):
+    "Raises ValueError for a field with a value of another type than it is declared with."
+    for name, kind in typing.get_type_hints(type(config)).items(): check_type(type(config).__name__, name, getattr(config, name), kind)
+
+
+def as_saved(
+    value, # of an option: numbers, strings, None, lists and dicts of them
+    name: str = 'env_options', # for the message
+): # the same, with lists for tuples and plain numbers for NumPy's
+    "A value in the form in which it comes back from a file. Raises ValueError for what a file cannot hold."
+    if isinstance(value, dict) and all(isinstance(k, str) for k in value): return {k: as_saved(v, f'{name}[{k!r}]') for k, v in value.items()}
+    if isinstance(value, (list, tuple)): return [as_saved(v, f'{name}[{i}]') for i, v in enumerate(value)]
+    value = value.item() if isinstance(value, np.generic) else value
+    if value is None or isinstance(value, (bool, int, str)) or isinstance(value, float) and math.isfinite(value): return value
+    raise ValueError(f'{name}={repr(value)[:80]} cannot be kept in a file; give finite numbers, strings, lists, or dicts with strings as keys')
 
 # %% ../nbs/08_pipeline.ipynb #080006
 @dataclass(frozen=True)
@@ -78,11 +114,17 @@ class AdaptConfig:
     trust_radius: float = 1.0 # largest distance from the meta-parameters, as a multiple of their norm
 
     def __post_init__(self):
+        plain_numbers(self), check_fields(self)
         if self.steps < 0: raise ValueError(f'steps={self.steps} is negative; take 0 (no adaptation) or more')
         if not 0 < self.later_scale <= 1: raise ValueError(f'later_scale={self.later_scale} is not in (0, 1]')
         if self.trajectories < 0: raise ValueError(f'trajectories={self.trajectories} is negative; take 0 (as in training) or more')
         if self.online_interval < 2: raise ValueError(f'online_interval={self.online_interval} is too short; an update needs 2 environment steps or more')
+        if not self.online: self.refuse_unless_default('online_interval', 'online=False')
+        if self.strategy == 'none': self.refuse_unless_default('entropy_weight', "strategy='none'")
         make_strategy(self.strategy), self.guards()  # they check the rest
+
+    def refuse_unless_default(self, name, because):  # what would be ignored
+        if (value := getattr(self, name)) != (usual := getattr(type(self), name)): raise ValueError(f'{name}={value!r} is not used with {because}; leave it at {usual!r}')
 
     def guards(self) -> AdaptationConfig:
         "What the adapter needs to know."
@@ -97,13 +139,16 @@ class ExperimentConfig:
     env_name: str = 'MetaGymToy-v0' # family of environments
     num_envs: int = 8 # K, trajectories per task
     time_limit: int = 200 # T, steps per episode
-    env_options: dict[str, int | float | bool] = field(default_factory=dict) # of the family, such as rotation 3.14
+    env_options: dict[str, int | float | bool | str] = field(default_factory=dict) # of the family, such as rotation 3.14; in a file or in Python also lists and dicts
     episodes_per_trial: int = 1 # episodes in a trajectory, through which the memory lasts
     meta: MetaConfig = field(default_factory=MetaConfig) # meta-training
     adapt: AdaptConfig = field(default_factory=AdaptConfig) # test-time adaptation
     policy: PolicyConfig = field(default_factory=PolicyConfig) # the network
 
     def __post_init__(self):
+        plain_numbers(self)
+        for config in (self, self.meta, self.policy): check_fields(config)
+        object.__setattr__(self, 'env_options', as_saved(self.env_options))
         if self.learner not in LEARNERS: raise ValueError(f'learner={self.learner!r} is not one of {", ".join(map(repr, LEARNERS))}')
         self.env  # checks the other fields before
 
@@ -126,7 +171,7 @@ CONFIGS = {
         meta=MetaConfig(outer_steps=50, tasks_per_batch=8, inner_steps=1, inner_lr=1e-2),
         adapt=AdaptConfig(steps=5, lr=1e-2),
     ),
-    # the protocol of Finn et al. (ICML 2017) for this task; a step of 0.1 wrecks a network that is twice as wide. Later steps and the number of outer steps were chosen on validation tasks
+    # task, batches and inner step of Finn et al. (ICML 2017), but neither their network nor their outer step; an inner step of 0.1 wrecks a network that is twice as wide. Later steps and the number of outer steps were chosen on validation tasks
     'nav2d': ExperimentConfig(
         seed=42,
         env_name='MetaGymToy-v0',
@@ -186,10 +231,8 @@ def config_from_dict(
     for name, value in data.items():
         kind = kinds[name]
         if is_dataclass(kind) and isinstance(value, dict): value = config_from_dict(getattr(base, name), value)
-        elif kind is float and type(value) is int: value = float(value)
-        if not isinstance(value, typing.get_origin(kind) or kind) or isinstance(value, bool) and kind is not bool:
-            raise ValueError(f'{cls.__name__}.{name}={value!r} is not of type {getattr(kind, "__name__", kind)}')
-        changes[name] = value
+        check_type(cls.__name__, name, value, kind)
+        changes[name] = float(value) if kind is float else value
     return replace(base, **changes)
 
 
@@ -238,6 +281,16 @@ def check_device(
     "Raises ValueError unless numbers can be computed there."
     try: torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error: raise ValueError(f'device={device!r} cannot be used: {str(error).splitlines()[0][:100]}') from None
+
+
+def check_adaptation(
+    learner: str, # name of the learner
+    inner_lr: float | dict, # of the learner
+    config: AdaptConfig, # how to adapt
+):
+    "Raises ValueError for what would go wrong without a sign."
+    if isinstance(inner_lr, dict) and config.optimizer != 'sgd': raise ValueError(f"optimizer={config.optimizer!r} divides the step sizes out that {learner!r} has for each parameter; take 'sgd'")
+    if learner == 'rl2' and config.online: raise ValueError("online=True needs a value head in units of reward, and that of 'rl2' speaks in standard units; leave it out: its memory adapts during the episode anyway")
 
 
 def make_learner(
@@ -362,6 +415,7 @@ def train(
     latest, log = folder / 'latest.npz', folder / 'train.jsonl'
     state = resume_state(latest, config) if resume and latest.exists() else None
     learner = make_learner(config, state, device)
+    check_adaptation(config.learner, learner.inner_lr, config.adapt)  # now, not after the training
     history = read_log(folder)[:learner.step] if state is not None else []
     if [line['step'] for line in history] != list(range(learner.step)):
         raise CheckpointError(f'{log} does not hold the {learner.step} steps of {latest}; restore it, or start anew without --resume')
@@ -395,7 +449,7 @@ def load_learner(
     "The learner of a checkpoint."
     own, state = load_checkpoint(checkpoint)
     config = own if config is None else config
-    if config.learner != own.learner: config = replace(config, learner=own.learner, meta=replace(config.meta, head=own.meta.head, inner_steps=own.meta.inner_steps))  # whoever trained it adapts it
+    if config.learner != own.learner: config = replace(config, learner=own.learner, meta=own.meta)  # whoever trained it adapts it, as it was trained
     config = replace(config, seed=own.seed if seed is None else seed)
     return make_learner(config, state, device), config
 
@@ -413,9 +467,10 @@ def load_policy(
 
 def check_episodes(
     episodes: int, # held-out tasks
-):
+) -> int: # the same, a plain number
     "Raises ValueError for a number that cannot be."
-    if not 1 <= episodes <= MAX_TASKS: raise ValueError(f'episodes={episodes} is not a number from 1 to {MAX_TASKS:,}')
+    if not isinstance(episodes, (int, np.integer)) or not 1 <= episodes <= MAX_TASKS: raise ValueError(f'episodes={episodes!r} is not a number from 1 to {MAX_TASKS:,}')
+    return int(episodes)
 
 
 def reference_row(
@@ -435,7 +490,7 @@ def evaluate(
     split: str = None, # of the tasks, see `TaskDistribution`; None: that for tests
 ) -> dict: # mean_return, std_return, episodes, random_return, nothing_return, oracle_return
     "Return without adaptation on tasks that no training can have seen."
-    check_episodes(episodes)
+    episodes = check_episodes(episodes)
     policy, params, config = load_policy(checkpoint, config, seed, device)
     tasks = sample_tasks(config.env, episodes, split or config.env.tasks.test_split)
     returns = evaluate_returns(policy, stack(params, episodes), tasks, config.env, deterministic)
@@ -575,16 +630,6 @@ def online_advantages(
     return normalise(gae(reward, value * (new | last), meta.gamma, meta.gae_lambda), new)
 
 # %% ../nbs/08_pipeline.ipynb #080054
-def check_adaptation(
-    learner: str, # name of the learner
-    inner_lr: float | dict, # of the learner
-    config: AdaptConfig, # how to adapt
-):
-    "Raises ValueError for what would go wrong without a sign."
-    if isinstance(inner_lr, dict) and config.optimizer != 'sgd': raise ValueError(f"optimizer={config.optimizer!r} divides the step sizes out that {learner!r} has for each parameter; take 'sgd'")
-    if learner == 'rl2' and config.online: raise ValueError("online=True needs a value head in units of reward, and that of 'rl2' speaks in standard units; leave it out: its memory adapts during the episode anyway")
-
-
 def evaluate_with_adaptation(
     checkpoint: Path, # written by `train`
     config: ExperimentConfig = None, # None: the one in the checkpoint
@@ -599,12 +644,14 @@ def evaluate_with_adaptation(
     **changes, # other fields of AdaptConfig, such as lr or strategy
 ) -> AdaptationResult: # `.summary()` gives plain numbers
     "Return before and after adaptation, on the very tasks and noise that `evaluate` uses."
-    check_episodes(episodes)
+    episodes = check_episodes(episodes)
     learner, config = load_learner(checkpoint, config, seed, device)
     changes |= {k: v for k, v in dict(steps=steps, online=online).items() if v is not None}
-    check_adaptation(config.learner, learner.inner_lr, replace(config.adapt, **changes))
+    adapt = replace(config.adapt, **changes)
+    if not (adapt.steps or adapt.online) and (ignored := changes.keys() - {'steps', 'online'}): raise ValueError(f'steps={adapt.steps} takes no step, so {", ".join(sorted(ignored))} would not be used; leave it out, or take steps')
+    check_adaptation(config.learner, learner.inner_lr, adapt)
     tasks = sample_tasks(config.env, episodes, split or config.env.tasks.test_split)
-    return adapt_policy(learner.policy, {k: v.detach() for k, v in learner.params.items()}, tasks, config.env, config.meta, replace(config.adapt, **changes), deterministic, progress, learner.inner_lr)
+    return adapt_policy(learner.policy, {k: v.detach() for k, v in learner.params.items()}, tasks, config.env, config.meta, adapt, deterministic, progress, learner.inner_lr)
 
 # %% ../nbs/08_pipeline.ipynb #080065
 @dataclass(frozen=True)
@@ -882,6 +929,9 @@ class Train:
 
     def run(self) -> dict:
         changes = {k: v for k in ('outer_steps', 'tasks_per_batch') if (v := getattr(self, k)) is not None}
+        usual, given = load_config(self.config).meta, self.experiment.meta
+        for k, v in changes.items():
+            if getattr(given, k) not in (v, getattr(usual, k)): raise ValueError(f'--{k.replace("_", "-")} {v} and --meta.{k.replace("_", "-")} {getattr(given, k)} contradict each other; give one of them')
         experiment = replace(self.experiment, meta=replace(self.experiment.meta, **changes))
         if experiment.adapt.lr != experiment.meta.inner_lr and experiment.learner not in ('joint', 'rl2'):
             print(f'note: this trains for steps of inner_lr={experiment.meta.inner_lr:g}, and will adapt with adapt.lr={experiment.adapt.lr:g}', file=sys.stderr)
@@ -967,9 +1017,18 @@ def one_line(
 ) -> str:
     "What a framed message says, without its title and its help texts."
     lines = [line.strip(' │') for line in message.splitlines() if not line.startswith(('╭', '╰'))]
+    whole = ' '.join(' '.join(lines).split())
     parts = ' '.join('\n' if line and set(line) <= set('─-') else line for line in lines).split('\n')  # between rules
     if '╭' not in message: parts = parts[1:]  # the title
-    return '; '.join(' '.join(part.split()) for part in parts if not part.strip().startswith(('For full', 'Argument'))).replace('__tyro-dummy-inner__.experiment.', '')
+    said = '; '.join(' '.join(part.split()) for part in parts if part.strip() and not part.strip().startswith(('For full', 'Argument helptext')))
+    return (said or whole).replace('__tyro-dummy-inner__.', '').replace('Error parsing experiment.', 'Error parsing ')
+
+
+def plain_decimals(
+    argv: list, # words of the command line
+) -> list: # with -5e-1 written as -0.5
+    "Write negative numbers with exponents as decimals: Python's argparse, on which older versions of tyro build, takes them for flags."
+    return [np.format_float_positional(float(word), trim='-') if re.fullmatch(r'-[\d.]+e[-+]?\d+', word, re.I) else word for word in argv]
 
 
 def parse(
@@ -982,8 +1041,9 @@ def parse(
     command = lambda kind, **default: Annotated[kind, tyro.conf.subcommand(kind.__name__.lower().removeprefix('run'), **default)]
     message = io.StringIO()
     try:
-        with contextlib.redirect_stderr(message):
-            return tyro.cli(command(Train, default=Train(config)) | command(Eval) | command(Adapt) | command(RunExperiment), args=argv, prog='ssm-metarl',
+        with contextlib.redirect_stderr(message), warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # tyro's, about lists among the options of a family: it leaves them as they are, and so should it
+            return tyro.cli(command(Train, default=Train(config)) | command(Eval) | command(Adapt) | command(RunExperiment), args=plain_decimals(argv), prog='ssm-metarl',
                             description='Meta-reinforcement learning with state space models.', config=(tyro.conf.FlagCreatePairsOff,))
     except SystemExit as stop:
         if not stop.code: raise

@@ -139,6 +139,8 @@ def bad_files(folder, checkpoint):
     ('train --tasks-per-batch 99999999999999999999', 2, 'tasks_per_batch=99999999999999999999 is not at most 1,000,000'),
     ('train --seed 99999999999999999999', 2, 'below 2**63'),
     ('train --policy.init-log-std nan', 2, 'not both finite'),
+    ('train --policy.init-log-std -5e1', 2, 'min_log_std=-2.5 is above init_log_std=-50.0'),
+    ('train --seed', 2, '--seed'),
     ('train --outer-steps many', 2, '--outer-steps'),
     ('eval --checkpoint {f}', 1, 'cannot be read'),
     ('experiment nav3d --out {f}', 2, "experiment='nav3d' is not one of 'nav2d'"),

@@ -5,9 +5,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from ssm_metarl import pipeline
-from ssm_metarl.pipeline import EXPERIMENTS, main, paired_differences, parse, provenance, run_experiment, to_json
+from ssm_metarl.envs import register_family
+from ssm_metarl.pipeline import EXPERIMENTS, AdaptConfig, ExperimentConfig, main, paired_differences, parse, provenance, run_experiment, to_json, train
 
 SMALL = dict(episodes=3, outer_steps=2, progress=False)
 
@@ -145,3 +147,94 @@ def test_experiments_and_variants_that_are_none(tmp_path):
     with pytest.raises(ValueError, match="experiment='nav3d' is not one of 'nav2d'"): run_experiment('nav3d', tmp_path / 'x')
     with pytest.raises(ValueError, match="variant='LSTM' is not one of 'SSM', 'no memory', 'GRU'"): run_experiment('nav2d', tmp_path / 'x', variants=['LSTM'])
     assert not (tmp_path / 'x').exists()
+
+
+# --- configs ---
+
+BASIC = pipeline.CONFIGS['basic']
+TINY = replace(BASIC, num_envs=2, time_limit=5, meta=replace(BASIC.meta, tasks_per_batch=2, outer_steps=10))
+TWO = np.int64(2)
+
+
+def test_numpy_numbers_train_save_and_resume(tmp_path):
+    config = ExperimentConfig(seed=TWO, num_envs=TWO, time_limit=np.int32(5), env_options={'rotation': np.float64(.5)}, adapt=AdaptConfig(steps=TWO, lr=np.float64(.01), trajectories=TWO, rollback=np.bool_(True)))
+    config = replace(config, meta=replace(BASIC.meta, outer_steps=10, tasks_per_batch=2))
+    assert type(config.num_envs) is type(config.adapt.steps) is int and type(config.env_options['rotation']) is type(config.adapt.lr) is float and config.adapt.rollback is True
+    checkpoint = train(config, tmp_path, progress=False)['checkpoint']  # it used to end at step 10, in a TypeError
+    assert pipeline.load_checkpoint(checkpoint)[0] == config
+    assert train(config, tmp_path, resume=True, progress=False)['outer_steps'] == 10
+    result = pipeline.evaluate(checkpoint, episodes=TWO, seed=TWO)
+    assert strict(json.dumps(result))['episodes'] == 2
+    strict(json.dumps(pipeline.evaluate_with_adaptation(checkpoint, episodes=TWO, steps=TWO, lr=np.float64(.02)).summary()))
+
+
+@register_family('Optional-v0')
+class Optional(type(BASIC.env.family)):
+    "Navigation that takes any option, and does not look at it."
+    def __init__(self, option=None): super().__init__()
+
+
+@pytest.mark.parametrize('option', ['text', 3, .5, True, None, [1, 2, 'x'], (1, (2, 3)), {'size': 3, 'inner': {'a': [1.5, None]}}, np.float32(.5), [np.int64(3)]])
+def test_options_that_are_accepted_come_back_from_a_file(option, tmp_path):
+    config = replace(TINY, env_name='Optional-v0', env_options={'option': option})
+    pipeline.save_checkpoint(tmp_path / 'a.npz', config, {})
+    assert pipeline.load_checkpoint(tmp_path / 'a.npz')[0] == config
+
+
+@pytest.mark.parametrize('option', [np.zeros(3), {1: 2}, float('nan'), float('inf'), print, b'bytes', {1, 2}, [np.zeros(2)], torch.zeros(2)])
+def test_options_that_no_file_can_hold_are_refused(option):
+    with pytest.raises(ValueError, match='env_options') as error: replace(TINY, env_name='Optional-v0', env_options={'option': option})
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('change, message', [
+    (dict(policy=replace(BASIC.policy, history=1)), 'PolicyConfig.history'), (dict(meta=replace(BASIC.meta, first_order=1)), 'MetaConfig.first_order'), (dict(learner=3), 'ExperimentConfig.learner'),
+    (dict(env_options=[('rotation', 1.)]), 'ExperimentConfig.env_options'), (dict(meta={}), 'ExperimentConfig.meta'), (dict(adapt=None), 'ExperimentConfig.adapt')])
+def test_what_would_not_come_back_from_a_file_is_refused_at_construction(change, message):
+    with pytest.raises(ValueError, match=message): replace(TINY, **change)
+
+
+@pytest.mark.parametrize('wrong, message', [
+    (dict(lr='x'), 'lr'), (dict(steps=1.5), 'steps'), (dict(steps=True), 'steps'), (dict(optimizer=print), 'optimizer'), (dict(max_grad_norm=None), 'max_grad_norm'),
+    (dict(online=1), 'online'), (dict(rollback='no'), 'rollback'), (dict(lr=np.ones(2)), 'lr'),
+    (dict(online_interval=10), 'not used with online=False'), (dict(entropy_weight=.5), "not used with strategy='none'")])
+def test_adaptation_settings_that_are_wrong_or_ignored(wrong, message):
+    with pytest.raises(ValueError, match=message) as error: AdaptConfig(**wrong)
+    assert '\n' not in str(error.value)
+
+
+def test_every_built_in_config_comes_back_from_a_file(tmp_path):
+    for config in [*pipeline.CONFIGS.values(), *(experiment.variant(name, 3) for experiment in EXPERIMENTS.values() for name in experiment.variants)]:
+        pipeline.save_checkpoint(tmp_path / 'a.npz', config, {})
+        assert pipeline.load_checkpoint(tmp_path / 'a.npz')[0] == config
+
+
+def test_ignored_settings_are_refused_before_the_training(tmp_path):
+    with pytest.raises(ValueError, match="optimizer='adam' divides"): train(replace(TINY, learner='anil', adapt=AdaptConfig(optimizer='adam')), tmp_path, progress=False)
+    assert list(tmp_path.iterdir()) == []
+    checkpoint = train(replace(TINY, meta=replace(TINY.meta, outer_steps=1)), tmp_path, progress=False)['checkpoint']
+    with pytest.raises(ValueError, match='steps=0 takes no step, so lr, strategy would not be used'): pipeline.evaluate_with_adaptation(checkpoint, episodes=2, steps=0, lr=.1, strategy='tent')
+    assert pipeline.evaluate_with_adaptation(checkpoint, episodes=2, steps=0).summary()['improvement'] == 0
+
+
+def test_a_checkpoint_adapts_as_it_was_trained_whatever_the_config(tmp_path):
+    checkpoint = train(replace(TINY, learner='anil', meta=replace(TINY.meta, outer_steps=1, gamma=.9)), tmp_path, progress=False)['checkpoint']
+    config = pipeline.load_learner(checkpoint, replace(TINY, time_limit=7))[1]
+    assert (config.learner, config.meta.gamma, config.time_limit) == ('anil', .9, 7)
+
+
+@pytest.mark.parametrize('words, message', [
+    ('train --outer-steps 3 --meta.outer-steps 4', 'contradict each other'),
+    ('train --adapt.online-interval 5', 'online_interval=5 is not used with online=False'),
+    ('train --learner meta-sgd --adapt.optimizer adam --num-envs 2 --time-limit 5', "divides the step sizes out that 'meta-sgd' has")])
+def test_settings_that_would_be_ignored_in_a_terminal(words, message, tmp_path, capsys):
+    assert main([*words.split(), '--ckpt-dir', str(tmp_path / 'x')]) == 2
+    out, err = capsys.readouterr()
+    assert out == '' and err.count('\n') == 1 and message in err
+
+
+def test_nested_options_of_a_file_pass_the_command_line(tmp_path, capsys, recwarn):
+    (tmp_path / 'mine.toml').write_text('env_name = "Optional-v0"\n[env_options]\noption = {sizes = [1, 2], name = "x"}\n')
+    assert parse(['train', '--config', str(tmp_path / 'mine.toml')]).experiment.env_options == {'option': {'sizes': [1, 2], 'name': 'x'}}
+    assert parse('train --env-name Optional-v0 --env-options option text'.split()).experiment.env_options == {'option': 'text'}
+    assert not [w for w in recwarn if 'tyro' in str(w.filename)]
