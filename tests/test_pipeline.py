@@ -188,7 +188,7 @@ def test_options_that_no_file_can_hold_are_refused(option):
 
 
 @pytest.mark.parametrize('change, message', [
-    (dict(policy=replace(BASIC.policy, history=1)), 'PolicyConfig.history'), (dict(meta=replace(BASIC.meta, first_order=1)), 'MetaConfig.first_order'), (dict(learner=3), 'ExperimentConfig.learner'),
+    (dict(policy=replace(BASIC.policy, history=1)), 'PolicyConfig.history'), (dict(learner=3), 'ExperimentConfig.learner'),
     (dict(env_options=[('rotation', 1.)]), 'ExperimentConfig.env_options'), (dict(meta={}), 'ExperimentConfig.meta'), (dict(adapt=None), 'ExperimentConfig.adapt')])
 def test_what_would_not_come_back_from_a_file_is_refused_at_construction(change, message):
     with pytest.raises(ValueError, match=message): replace(TINY, **change)
