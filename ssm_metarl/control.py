@@ -134,14 +134,15 @@ class CartPole(Mechanism):
         (x, v, theta, omega), p = variables[:4], self.haste
         return p**3 * (x + k * theta) + 3 * p**2 * (v + k * omega) + 3 * p * g * theta + g * omega
 
-    def picture(self, state, task, action):  # as in Gymnasium: 125 pixels for a metre, the track 100 pixels above the lower edge
+    def picture(self, state, task, action):  # as in Gymnasium: 125 pixels for a metre (fewer where the pole is too long), the track 100 pixels above the lower edge
         x, theta, top = state[0], state[2], 2 * task['length'] - .04
+        scale = min(125., 135 / task['length'])
         along, across = np.array([np.sin(theta), np.cos(theta)]), np.array([np.cos(theta), -np.sin(theta)])
-        axle, canvas = np.array([x, .06]), Canvas(600, 400, scale=125, centre=(0, .8))
+        axle, canvas = np.array([x, .06]), Canvas(600, 400, scale, centre=(0, 100 / scale))
         canvas.shape([(x + .2 * i, .12 * j) for i, j in ((-1, -1), (-1, 1), (1, 1), (1, -1))], (0, 0, 0))
         canvas.shape([axle + .04 * side * across + end * along for side, end in ((-1, -.04), (-1, top), (1, top), (1, -.04))], (202, 152, 101))
         canvas.disc(axle, .04, (129, 132, 203))
-        canvas.line([(-3, 0), (3, 0)], (0, 0, 0))
+        canvas.line([(-300 / scale, 0), (300 / scale, 0)], (0, 0, 0))
         return canvas.array()
 
 # %% ../nbs/02c_control.ipynb #02c0048

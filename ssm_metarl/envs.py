@@ -529,7 +529,8 @@ class TaskBatch(VectorEnv):
         self.single_action_space, self.action_space = chosen, batch_space(chosen, N)
         self.luck, self.state, self.records = Luck(config.seed, N, family.reset_noise, family.step_noise), None, None
         self.own_tasks, self.new_task_on_reset = own_tasks or new_task_on_reset, new_task_on_reset
-        self.due, self.chosen, self.episodes = np.zeros(N, bool), np.zeros(N, bool), np.zeros(N, int)  # a new task: reset first; task set by hand; since the seed
+        self.due, self.chosen = np.zeros(N, bool), np.zeros(N, bool)  # has a new task and must be reset; has a task that was set by hand
+        self.episodes = np.zeros(N, int)  # since its seed, where each has its own task
         self._check_render_mode()
         if tasks is not None and self.own_tasks: raise ValueError('tasks are given, so no environment draws its own; leave out own_tasks and new_task_on_reset, or the tasks')
         if self.own_tasks: self._draw_tasks(np.arange(N))
@@ -574,11 +575,17 @@ class TaskBatch(VectorEnv):
     def render(self) -> tuple: # N pictures, uint8 [height, width, 3]; None without a render mode
         "What the environments look like. Raises ResetNeeded before the first reset."
         self._check_open()
-        if self.render_mode is None: return gym.logger.warn("there is no render mode, so there are no pictures; make it with render_mode='rgb_array'")
+        if self.render_mode is None:
+            gym.logger.warn("there is no render mode, so there are no pictures; make it with render_mode='rgb_array'")
+            return None
         if self.state is None: raise ResetNeeded('there is nothing to show yet; call reset() first')
         return tuple(self._pictures(range(self.num_envs)))
 
-    def call(self, name: str, *args, **kwargs) -> tuple: # N results
+    def call(self,
+             name: str, # of a method or attribute of `BatchMember`
+             *args, # of the method
+             **kwargs, # of the method
+            ) -> tuple: # N results
         "Call a method of each environment, or get an attribute, see `BatchMember`. Raises AttributeError for an unknown one."
         self._check_open()
         members = [BatchMember(self, i) for i in range(self.num_envs)]
@@ -586,11 +593,16 @@ class TaskBatch(VectorEnv):
         found = [getattr(member, name) for member in members]
         return tuple(x(*args, **kwargs) if callable(x) else x for x in found)
 
-    def get_attr(self, name: str) -> tuple: # N values
+    def get_attr(self,
+                 name: str, # of an attribute of `BatchMember`
+                ) -> tuple: # N values
         "An attribute of each environment, see `BatchMember`."
         return self.call(name)
 
-    def set_attr(self, name: str, values) -> None: # a list of N, or one value for all
+    def set_attr(self,
+                 name: str, # 'task'
+                 values, # a list of N records, or one for all
+                ) -> None:
         "Set `task`, the only attribute of an environment that can be set. Raises AttributeError for another one."
         self._check_open()
         if name != 'task': raise AttributeError(f"{name!r} cannot be set; of an environment of {type(self).__name__}, only 'task' can")
@@ -609,7 +621,7 @@ class TaskBatch(VectorEnv):
         if self.closed: raise ClosedEnvironment(f'this {type(self).__name__} is closed; make a new one')
 
     def _check_render_mode(self):
-        if self.render_mode in (None, 'rgb_array') and (self.render_mode is None or self.family.render_fps): return
+        if self.render_mode is None or self.render_mode == 'rgb_array' and self.family.render_fps: return
         name = type(self.family).__name__
         if not self.family.render_fps: raise UnknownOption(f'render_mode={self.render_mode!r}: {name} draws no pictures; leave it None, or give the family a method picture and render_fps')
         raise UnknownOption(f"render_mode={self.render_mode!r} is not one of None, 'rgb_array'; to see {name} on the screen, use gymnasium.make(..., render_mode='human')")
@@ -805,7 +817,7 @@ def make_env(
 ) -> TaskEnv:
     "What `gymnasium.make` calls."
     config = EnvConfig(env_name, 1, time_limit, secrets.randbits(63) if seed is None else seed, options)
-    return TaskEnv(config, None, render_mode, seed is None, new_task_on_reset)
+    return TaskEnv(config, render_mode=render_mode, own_task=seed is None, new_task_on_reset=new_task_on_reset)
 
 make_env.metadata = {'render_modes': ['rgb_array']}  # so gymnasium.make adds its wrappers for 'human' and 'rgb_array_list'
 

@@ -16,7 +16,7 @@ from gymnasium.wrappers.vector import RecordVideo as RecordVideos
 import ssm_metarl
 from ssm_metarl.envs import FAMILIES, EnvBatch, EnvConfig, UnknownOption
 
-every = pytest.mark.parametrize('name', [pytest.param(name, marks=pytest.mark.skipif('Cheetah' in name and not importlib.util.find_spec('mujoco'), reason='needs MuJoCo')) for name in FAMILIES])
+every = pytest.mark.parametrize('name', [pytest.param(name, marks=pytest.mark.skipif('Cheetah' in name and not importlib.util.find_spec('mujoco'), reason='needs MuJoCo')) for name in FAMILIES if name.startswith('Meta')])
 drawn = pytest.mark.parametrize('name', ['MetaGymToy-v0', 'MetaCartPole-v0', 'MetaPendulum-v0'])
 undrawn = pytest.mark.parametrize('name', ['MetaBandit-v0', 'MetaTabularMDP-v0'])
 
