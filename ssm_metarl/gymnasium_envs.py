@@ -272,7 +272,8 @@ class GymnasiumFamily(Family):
     def observe(self, state, tasks): return state
     def nothing(self, state, tasks):
         if not isinstance(self.action_space, spaces.Box): raise NotImplementedError(f'{self.env_id} has no neutral action')
-        return np.zeros((len(state), *self.action_space.shape), self.action_space.dtype)
+        nearest = np.clip(0, self.action_space.low, self.action_space.high).astype(self.action_space.dtype)
+        return np.tile(nearest, (len(state), 1))
 
 # %% ../nbs/02d_gymnasium_envs.ipynb #02d0027
 class HalfCheetah(GymnasiumFamily):

@@ -231,6 +231,11 @@ def roll_out(name, steps=6, **options):
 def test_actions_are_members_of_their_space(strict, done): assert roll_out(strict(done=done)).mask.all()
 
 
+def test_doing_nothing_is_a_member_of_the_space(strict):
+    family = EnvConfig(strict(done=spaces.Box(np.array([1, -1, -3]), np.array([2, 1, -2]), dtype=np.float32))).family
+    assert family.nothing(np.zeros((2, 2)), {}).tolist() == [[1, 0, -2]] * 2
+
+
 def test_an_option_that_changes_a_space(strict):
     "As an option of the family, and as a changed class attribute: spaces, and environments that wait, belong to their options."
     class Sized(StrictFamily):
