@@ -41,7 +41,7 @@ def check_used(
         if f.name not in ('input_dim', 'state_dim', 'output_dim', *used) and value != f.default:
             raise ValueError(f'{f.name}={value!r:.80} has no effect on {layer}; leave it out')
 
-
+# %% ../nbs/00b_cores.ipynb #00b0034
 def sizes_only(
     config: LayerConfig, # or an `SSMConfig` with sizes alone
     layer: str, # its name, for the message
@@ -50,7 +50,7 @@ def sizes_only(
     check_used(config, layer)
     return LayerConfig(config.input_dim, config.state_dim, config.output_dim)
 
-
+# %% ../nbs/00b_cores.ipynb #00b0036
 def check_inputs(
     x: Tensor, # should be [..., T, D]
     state: Tensor, # should be [..., S]
@@ -265,7 +265,7 @@ def looked_up(
 # %% ../nbs/00b_cores.ipynb #00b0018
 CORES = {'ssm': SSM, 'stack': TwoLayers, 'h3': H3, 'gru': GRU, 'none': Memoryless}  # memories that a policy can have
 
-
+# %% ../nbs/00b_cores.ipynb #00b0038
 def core_config(
     core: str, # a name in CORES
     input_dim: int, # D, features in
