@@ -49,7 +49,7 @@ def predictions(
 ) -> Mapping: # with 'logits', or with 'mean' and 'log_std'
     "Outputs by their names; a plain tensor is taken as logits, if it can be. Raises ValueError for what is no prediction."
     if isinstance(outputs, Tensor) and outputs.is_floating_point() and outputs.dim() in (2, 3) and outputs.shape[-1] > 1: return dict(logits=outputs)
-    named = outputs._asdict() if hasattr(outputs, '_asdict') else outputs
+    named = outputs._asdict() if isinstance(outputs, tuple) and hasattr(outputs, '_asdict') else outputs
     if isinstance(named, Mapping) and ('logits' in named or {'mean', 'log_std'} <= set(named)): return named
     what = f'a tensor {outputs.dtype} {list(outputs.shape)}' if isinstance(outputs, Tensor) else f'a mapping with {sorted(named)}' if isinstance(named, Mapping) else f'a {type(outputs).__name__}'
     raise ValueError(f"outputs is {what:.200}; it must be a mapping with 'logits', or with 'mean' and 'log_std', or a tensor of logits [B, K] of two classes or more; write an fwd_fn that returns one")
