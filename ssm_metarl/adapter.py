@@ -561,10 +561,11 @@ class Adapter:
 
     def _borrow(self): return borrowed(self.weights.check().values())
 
-    def _numbers(self, name, value):  # float64, a number or [M]
-        try: x = torch.as_tensor(value, dtype=torch.float64, device=value.device if isinstance(value, Tensor) else 'cpu').detach()
+    def _numbers(self, name, value):  # float64 [1] or [M]
+        given = isinstance(value, Tensor)
+        try: x = None if given and value.is_complex() else torch.as_tensor(value, dtype=torch.float64, device=value.device if given else 'cpu').detach()
         except (TypeError, ValueError, RuntimeError): x = None
-        if x is None or x.numel() not in (1, self.weights.num_tasks) or isinstance(value, Tensor) and value.is_complex():
+        if x is None or x.numel() not in (1, self.weights.num_tasks):
             raise ValueError(f'{name}={value!r:.80} is neither a number nor one for each of {self.weights.num_tasks} tasks')
         return x.reshape(-1)
 

@@ -62,9 +62,17 @@ def is_categorical(
     return 'logits' in predictions(outputs)
 
 # %% ../nbs/04c_monitors.ipynb #04c0013
-def _comparable(members):  # by name, of one kind and one shape
-    members = [predictions(m) for m in members]
-    kinds = {tuple((k, tuple(m[k].shape)) for k in ('logits', 'mean', 'log_std') if k in m) for m in members}
+def _numbers(outputs):  # what measures are computed from, by name, with enough digits
+    named = predictions(outputs)
+    parts = {k: named[k] for k in (('logits',) if 'logits' in named else ('mean', 'log_std'))}
+    for k, v in parts.items():
+        if not isinstance(v, Tensor): raise ValueError(f'{k} is a {type(v).__name__}; give a tensor')
+    return {k: v.float() if v.dtype in (torch.float16, torch.bfloat16) else v for k, v in parts.items()}
+
+
+def _comparable(members):  # of one kind and one shape
+    members = [_numbers(m) for m in members]
+    kinds = {tuple((k, tuple(v.shape)) for k, v in m.items()) for m in members}
     if len(kinds) != 1: raise ValueError(f'members are {", ".join(map(repr, sorted(kinds))) or "none"}; give at least one, and all of one kind and shape')
     return members
 

@@ -2,6 +2,7 @@
 import copy
 import math
 import threading
+import warnings
 from collections import OrderedDict, namedtuple
 from contextlib import ExitStack
 
@@ -10,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.linalg import vector_norm
+from torch.nn.utils import prune
 
-from ssm_metarl.adapter import (AdaptationConfig, Adapter, FeatureMonitor, MetaRLHook, SSMHook, create_adapter, distance_from, predictions, softmax_entropy, task_mean,
-                                uncertainty)
+from ssm_metarl.adapter import (AdaptationConfig, Adapter, FeatureMonitor, MetaRLHook, SSMHook, create_adapter, distance_from, flatten, keeps_promise, predictions, softmax_entropy,
+                                task_mean, uncertainty)
 
 torch.set_num_threads(1)
 g = torch.Generator().manual_seed(0)
@@ -73,7 +74,7 @@ def test_a_plain_tensor_of_logits(wrap):
     with adapter.context(m):
         out = m(x).detach()
         seen = adapter.observe(out, x, hook.features(x))
-        assert seen['entropy'] == pytest.approx(softmax_entropy(out).mean().item()) and seen['mutual_information'] is None
+        assert seen['entropy'] == pytest.approx(softmax_entropy(out.float()).mean().item()) and seen['mutual_information'] is None
         assert adapter.observe([out, out + 1])['mutual_information'] == pytest.approx(0, abs=1e-2)
         assert adapter.adapt(batch=x)['steps'] == 1 and hook.features(x).shape == (8, 6)
         with adapter.using(): anchor = m(x)
@@ -95,7 +96,8 @@ def test_outputs_that_could_mean_anything_name_the_way_out(outputs):
     adapter = create_adapter(nn.Linear(3, 2), strategy='tent')
     for use in (adapter.observe, predictions, lambda o: adapter.adapt(batch=torch.ones(4, 3), fwd_fn=lambda _: o)):
         with pytest.raises(ValueError, match="^outputs is .* write an fwd_fn that returns one$"): use(outputs)
-    with pytest.raises(ValueError, match='write an fwd_fn'): adapter.observe(dict(logits=torch.zeros(4, 3)), anchor=outputs)
+    if outputs is not None:
+        with pytest.raises(ValueError, match='write an fwd_fn'): adapter.observe(dict(logits=torch.zeros(4, 3)), anchor=outputs)
 
 
 @pytest.mark.parametrize('batch', [dict(image=images, label=1), [images, torch.zeros(8)], None, 'x'])
@@ -115,10 +117,6 @@ def test_outputs_of_another_number_of_tasks():
     with pytest.raises(ValueError, match='those of 3 tasks, and those before of 2'): adapter.observe(dict(logits=torch.zeros(3, 4, 3)))
 
 
-class Batch(dict):
-    __getattr__ = dict.__getitem__
-
-
 @pytest.mark.parametrize('kind', [dict, ModelOutput, lambda **kw: type('Attributes', (), kw)()], ids=['dict', 'ModelOutput', 'attributes'])
 @pytest.mark.parametrize('dtype', [torch.long, torch.float, torch.bool])
 def test_an_attention_mask_counts(kind, dtype):
@@ -127,7 +125,7 @@ def test_an_attention_mask_counts(kind, dtype):
     out, real = fwd(batch), attention.bool()
     expected = softmax_entropy(out['logits'])[real].mean().item()
     assert adapter.observe(out, batch, out['logits'])['entropy'] == pytest.approx(expected)
-    assert adapter.monitors.features.moments.samples == real.sum()
+    assert adapter.monitors.features.moments.samples.item() == pytest.approx(real.sum().item())
     assert adapter.adapt(batch=batch, fwd_fn=fwd)['loss'] == pytest.approx(expected)
     if hasattr(batch, 'keys'): assert adapter.adapt(batch=batch)['loss'] < expected  # the model takes the names
     hook, reward = MetaRLHook(adapter), torch.randn(4, 7, generator=torch.Generator().manual_seed(1))
@@ -238,7 +236,7 @@ NUMBERS = ['lr', 'steps', 'entropy_weight', 'min_log_std', 'max_grad_norm', 'max
 @pytest.mark.parametrize('value', [True, False, 'x', '1e-3', math.nan, math.inf, 1j, [1], {}, 10**400, np.array(1.), np.ones(2), torch.tensor(1.), torch.ones(2), np.float64('nan'), np.bool_(True), np.str_('x'), np.complex64(1)], ids=lambda v: f'{v!r:.20}')
 @pytest.mark.parametrize('name', NUMBERS)
 def test_what_is_no_number(name, value):
-    if name == 'steps' and value == 10**400: return  # an integer, if a large one
+    if name == 'steps' and type(value) is int: return  # an integer, if a large one
     with pytest.raises(ValueError, match=f'^{name}') as error: AdaptationConfig(**{name: value})
     assert '\n' not in str(error.value) and len(str(error.value)) < 250
 
@@ -315,7 +313,9 @@ def test_models_without_numbers_of_their_own():
     with torch.inference_mode(): made = make(Convolutional)
     shared = make(Convolutional)
     shared.fc.bias = nn.Parameter(torch.zeros(1).expand(5))
-    traced = torch.jit.trace(make(Convolutional).eval(), images)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # PyTorch would rather not be asked for it
+        traced = torch.jit.trace(make(Convolutional).eval(), images)
     for m, words in ((make(Convolutional).to('meta'), 'on the meta device'), (nn.LazyLinear(3), 'has no shape yet; call the model once'), (make(Convolutional).half(), 'conv.weight is torch.float16'),
                      (made, 'made in inference mode'), (shared, 'fc.bias uses the same memory several times'), (traced, 'is a ScriptModule'), (nn.Sequential(traced), '0 is a ScriptModule')):
         with pytest.raises(ValueError, match=words): create_adapter(m)
@@ -328,7 +328,7 @@ def replace(m, what):
     if what == 'wider': m.fc = nn.Linear(6, 7)
     elif what == 'transposed': m.fc.weight.data = m.fc.weight.data.t().contiguous()
     elif what == 'gone': m.fc = nn.Identity()
-    elif what == 'pruned': nn.utils.prune.l1_unstructured(m.fc, 'weight', .5)
+    elif what == 'pruned': prune.l1_unstructured(m.fc, 'weight', .5)
     elif what == 'half': m.half()
     elif what == 'meta': m.to('meta')
 
@@ -386,14 +386,15 @@ def test_a_buffer_of_another_size_is_given_back():
 @pytest.mark.parametrize('optimizer', ['adamw', 'sgd'])
 def test_a_parameter_frozen_later_is_not_moved(optimizer, settings):
     m = make(Convolutional)
-    adapter = create_adapter(m, AdaptationConfig(lr=.1, optimizer=optimizer, trust_radius=.01, mode='continual', **settings))
+    adapter = create_adapter(m, AdaptationConfig(lr=.1, optimizer=optimizer, trust_radius=.01, mode='continual', exclude='bn.*', **settings))
     for _ in range(3): adapter.adapt(square, images)  # to the edge of the ball, so that each further step is projected
     m.fc.requires_grad_(False)
     frozen, free = values(m.fc), values(m.conv)
     infos = [adapter.adapt(lambda o, b: -square(o, b), images) for _ in range(5)]
     assert all(i['steps'] == 1 for i in infos) and same(m.fc, frozen) and not same(m.conv, free)
     assert not m.fc.weight.requires_grad and m.conv.weight.requires_grad
-    assert (vector_norm(adapter.learner.drift()) <= .01 * vector_norm(adapter.learner.centre) * (1 + 1e-6))
+    rows, learner = flatten(adapter.weights.rows()), adapter.learner
+    assert keeps_promise(rows, rows, learner.centre, learner.radius, sizes=learner.sizes)
 
 
 def test_everything_frozen_later():
@@ -441,7 +442,7 @@ def test_contexts_left_in_the_wrong_order_raise_and_lose_nothing(adapters, kinds
         if kind == 'context': adapter.adapt(batch=images), m.eval()
     for c in contexts[:-1]:
         with pytest.raises(RuntimeError, match='opened later is still open, and has to be left first'): c.__exit__(None, None, None)
-        assert not same(m, before)
+        assert kinds[-1] == 'using' or not same(m, before)
     contexts[-1].__exit__(None, None, None)
     assert same(m, before) and [x.training for x in m.modules()] == flags and not any(x._forward_pre_hooks for x in m.modules())
     assert all(a._depth == 0 and a.adapt(batch=images)['steps'] == 1 for a in several)
@@ -506,6 +507,9 @@ def test_threads_with_a_lock_or_a_copy_each():
 
 # --- another default device
 
+def every(x): return x.all().item() if isinstance(x, torch.Tensor) else x
+
+
 @pytest.mark.parametrize('stacked', [False, True])
 def test_with_another_default_device(stacked, tmp_path):
     "'meta' stands for any device that is not the model's: whatever is made there by mistake has no numbers."
@@ -515,13 +519,13 @@ def test_with_another_default_device(stacked, tmp_path):
         adapter = create_adapter(theta if stacked else m, AdaptationConfig(shift_gate=True, ema_decay=.9, mode='continual'), 'none', stacked)
         pull = (lambda *_: adapter.params['fc.weight'].square().sum((1, 2))) if stacked else square
         adapter.calibrate(features, false_alarms=.1)
-        assert np.all(adapter.adapt(pull, images)['gated'] == 1)
+        assert every(adapter.adapt(pull, images)['gated'] == 1)
         adapter.observe(torch.ones((2, 4, 3) if stacked else (4, 3), device='cpu'), feats=100 + (features[:2, 0] if stacked else features[0, 0]))
-        for scale in (None, .5): assert np.all(adapter.adapt(pull, images, scale=scale)['steps'] == 1)
+        for scale in (None, .5): assert every(adapter.adapt(pull, images, scale=scale)['steps'] == 1)
         adapter.observe_return([1., 2.] if stacked else 1.), adapter.observe_return([0., 3.] if stacked else 0.)
-        assert np.all(adapter.restore_best() == (torch.tensor([True, False], device='cpu') if stacked else True))
+        assert every(adapter.restore_best() == (torch.tensor([True, False], device='cpu') if stacked else True))
         adapter.load_state_dict(adapter.state_dict()), adapter.save(tmp_path / 'a.npz'), adapter.load(tmp_path / 'a.npz'), adapter.reset()
-        assert np.all(adapter.drift() == 0)
+        assert every(adapter.drift() == 0)
 
 
 # --- numbers at the edge
