@@ -172,17 +172,17 @@ def test_a_hook_breaks_no_forward_pass_and_says_what_it_saw():
     m, x = make(WithBody, lambda h: {'nothing known': h}, lambda o: o['nothing known']), torch.ones(5, 3)
     hook = SSMHook(create_adapter(m)).attach(m, 'body')
     m(x)
-    with pytest.raises(ValueError, match=r"what the hook listens to returned a mapping with \['nothing known'\]: name a module"): hook.features(x)
+    with pytest.raises(ValueError, match=r"what the hook listens to gave a mapping with \['nothing known'\]: name a module"): hook.features(x)
     with pytest.raises(ValueError, match="there is no module 'bodi'; there are body, body.linear, head"): hook.attach(m, 'bodi')
     lstm = nn.LSTM(3, 4, batch_first=True)
     packed = nn.utils.rnn.pack_padded_sequence(torch.ones(2, 5, 3), [5, 3], batch_first=True)
     for state, batch in ((False, packed), (True, torch.ones(2, 5, 3))):
-        with pytest.raises(ValueError, match='what the hook listens to returned a tuple'): SSMHook(create_adapter(lstm)).attach(lstm, lstm, state).features(batch)
+        with pytest.raises(ValueError, match='what the hook listens to gave a tuple'): SSMHook(create_adapter(lstm)).attach(lstm, lstm, state).features(batch)
     assert SSMHook(create_adapter(lstm)).attach(lstm, lstm).features(torch.ones(2, 5, 3)).shape == (2, 5, 4)
 
 
 def test_an_empty_module_is_a_module():
-    m = nn.Sequential(nn.Linear(3, 4), nn.Sequential(), nn.Linear(4, 2))  # bool(nn.Sequential()) is False
+    m = nn.Sequential(nn.Linear(3, 4), nn.Sequential(), nn.ReLU(), nn.Linear(4, 2))  # bool(nn.Sequential()) is False
     assert torch.equal(SSMHook(create_adapter(m)).attach(m, '1').features(torch.ones(2, 3)), m[0](torch.ones(2, 3)))
 
 
@@ -206,7 +206,7 @@ def test_features_that_are_none():
 def test_complex_losses(loss):
     m = make(Convolutional)
     adapter, before = create_adapter(m), values(m.eval())
-    with pytest.raises(ValueError, match=r'^the loss is torch.complex\d+, and nothing goes downhill on that; take its abs\(\), or its real part$'): adapter.adapt(loss, images)
+    with pytest.raises(ValueError, match=r'^the loss is torch.complex\d+, which has no downhill; take its abs\(\), or its real part$'): adapter.adapt(loss, images)
     assert same(m, before)
 
 
@@ -220,12 +220,12 @@ def test_losses_of_reinforcement_learning_say_what_is_missing():
     batch = dict(actions=torch.zeros(4), advantages=torch.ones(4))
     assert hook.policy_loss(out, batch) == -1
     for wrong, words in ((dict(actions=torch.zeros(4)), "'advantages' is missing; there are"), (dict(advantages=torch.ones(4)), "'actions' is missing"),
-                         (batch | dict(advantages=torch.ones(4, 5)), r"'advantages' has shape \[4, 5\], which does not fit"), (batch | dict(mask=torch.ones(4)), 'give a bool tensor'),
-                         (batch | dict(mask=torch.ones(3, dtype=torch.bool)), r"'mask' has shape \[3\]")):
+                         (batch | dict(advantages=torch.ones(4, 5)), r"'advantages' is a tensor torch.float32 \[4, 5\], but the predictions are \[4\]"), (batch | dict(mask=torch.ones(4)), 'give a bool tensor'),
+                         (batch | dict(mask=torch.ones(3, dtype=torch.bool)), r"'mask' is a tensor torch.bool \[3\], but")):
         with pytest.raises(ValueError, match=words): hook.policy_loss(out, wrong)
-    with pytest.raises(ValueError, match="hold no 'value'"): hook.value_loss(out, dict(returns=torch.ones(4)))
+    with pytest.raises(ValueError, match="a mapping with 'value'"): hook.value_loss(out, dict(returns=torch.ones(4)))
     with pytest.raises(ValueError, match="'returns' is missing"): hook.value_loss(dict(value=torch.zeros(4)), {})
-    with pytest.raises(ValueError, match=r"'returns' has shape \[4, 4\]"): hook.value_loss(dict(value=torch.zeros(4)), dict(returns=torch.ones(4, 4)))
+    with pytest.raises(ValueError, match=r"'returns' is a tensor torch.float32 \[4, 4\], but"): hook.value_loss(dict(value=torch.zeros(4)), dict(returns=torch.ones(4, 4)))
 
 
 # --- numbers in a config
@@ -304,7 +304,7 @@ def test_what_is_no_config_strategy_or_stack():
     with pytest.raises(TypeError, match='^config is a NoneType'): Adapter(m, None)
     for strategy in (['tent'], None, {}):
         with pytest.raises(ValueError, match="is not one of 'none'"): create_adapter(m, strategy=strategy)
-    with pytest.raises(TypeError, match="'w' is no tensor"): create_adapter({'w': np.ones((2, 3))}, stacked=True)
+    with pytest.raises(TypeError, match="'w' is a ndarray; give a dict of tensors"): create_adapter({'w': np.ones((2, 3))}, stacked=True)
 
 
 # --- models that cannot be adapted, or are changed after the adapter was made
@@ -343,7 +343,7 @@ def test_a_module_replaced_after_the_adapter_was_made(what, use):
     m = make(Convolutional)
     adapter = create_adapter(m)
     replace(m, what)
-    with pytest.raises(ValueError, match=r'is (gone|torch.float\d+)') as error: USES[use](adapter)
+    with pytest.raises(ValueError, match=r'is (gone|(a tensor )?torch.float\d+)') as error: USES[use](adapter)
     assert '\n' not in str(error.value)
 
 
@@ -352,7 +352,7 @@ def test_what_is_not_selected_may_be_replaced():
     adapter = create_adapter(m, AdaptationConfig(include='conv.*'))
     m.fc = nn.Linear(6, 9)
     with adapter.context(): assert adapter.adapt(square, images)['steps'] == 1
-    with pytest.raises(ValueError, match=r'fc.bias is torch.float32 \[9\] on cpu, and a value of the shape \[5\] was to be given back|fc.weight'): adapter.reset()
+    with pytest.raises(ValueError, match=r'fc.weight is a tensor torch.float32 \[9, 6\] on cpu, and numbers \[5, 6\] were to be given back'): adapter.reset()
 
 
 @pytest.mark.parametrize('mode', ['episodic', 'continual'])
