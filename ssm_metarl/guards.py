@@ -75,7 +75,8 @@ def project(
     "The nearest points of balls, one per task or several; points inside do not move."
     offset, radius = rows - centre, radius.view(len(rows), -1)
     if fixed is not None:
-        radius = (radius**2 - distances(offset * fixed, sizes)**2).clamp(min=0).sqrt()  # what is left for the others
+        taken = distances(offset * fixed, sizes)
+        radius = (radius**2 - taken**2).clamp(min=0).sqrt()  # what is left for the others
         offset = offset * ~fixed
     norm = distances(offset, sizes)
     if not (norm > radius).any(): return rows
@@ -138,7 +139,8 @@ def guard(
         rows = torch.minimum(torch.maximum(rows, old - limit), old + limit)
     bounded, clamped = (rows != proposal).any(1) if rows is not proposal else torch.zeros_like(rows[:, 0], dtype=torch.bool), rows
     if radius is not None:
-        for c in (centre,) if average is None else (average, centre): rows = project(rows, c, radius, sizes, fixed)
+        for c in (centre,) if average is None else (average, centre):
+            rows = project(rows, c, radius, sizes, fixed)
     projected = (rows != clamped).any(1) if rows is not clamped else torch.zeros_like(bounded)
     if max_step is not None: rows = within_step(rows, old, limit)
     if rows is proposal: return new, rows, bounded, projected
@@ -183,7 +185,8 @@ OPTIMIZERS = {cls.__name__.lower(): cls for cls in (
     torch.optim.NAdam, torch.optim.RAdam, torch.optim.RMSprop, torch.optim.Rprop, torch.optim.SGD)}
 
 
-def _first_line(error): return f'{error}'.strip().partition('\n')[0]  # PyTorch may add a page
+def _first_line(error):  # PyTorch may add a page
+    return f'{type(error).__name__}: {error}'.strip().partition('\n')[0]
 
 
 def on_the_cpu():
@@ -233,7 +236,9 @@ def optimizer_step(
     state = {k: {key: v.clone() if key == 'clock' else copy(v) for key, v in own.items()} for k, own in state.items()}
     group = clocks.unique(dim=0, return_inverse=True)[1]
     with on_the_cpu():  # an optimiser counts its steps there
-        for g in group[live].unique(): _step_rows(make_optimizer, params, grads, state, (live & (group == g)).nonzero().flatten())
+        for g in group[live].unique():
+            rows = (live & (group == g)).nonzero().flatten()
+            _step_rows(make_optimizer, params, grads, state, rows)
     return params, state
 
 
@@ -250,7 +255,10 @@ def check_elementwise(
                 for t in range(2):
                     for p, x in zip(tensors, (numbers + t).sin().view(len(tensors), *tensors[0].shape)): p.grad = x
                     optimizer.step()
-    except Exception as error: raise ValueError(f'the optimiser fails in a trial step ({type(error).__name__}: {_first_line(error)}); choose one that works element by element, without a closure, as {", ".join(OPTIMIZERS)} do') from error
+    except Exception as error:
+        raise ValueError(f'the optimiser fails in a trial step ({_first_line(error)}); choose one that '
+                         'works element by element, without a closure, as '
+                         f'{", ".join(OPTIMIZERS)} do') from error
     moves = [torch.cat([p.detach().flatten() for p in tensors]) - numbers.flatten() for tensors in (whole, single)]
     if not torch.allclose(*moves, rtol=1e-6, atol=1e-15, equal_nan=True):
         raise ValueError(f'{type(optimizer).__name__} does not work element by element, so it cannot step M tasks as rows; choose one that does, as {", ".join(OPTIMIZERS)} do')
@@ -262,9 +270,13 @@ def blank_state(
 ) -> dict: # name -> key -> zeros [M, ...]
     "State of an optimiser that has not stepped yet, with all keys that it will have. Raises ValueError if it cannot step these parameters."
     M = len(next(iter(params.values())))
-    clocks, live = {k: {'clock': torch.zeros(M, dtype=torch.long, device='cpu')} for k in params}, torch.ones(M, dtype=torch.bool, device='cpu')
-    try: state = optimizer_step(make_optimizer, params, {k: torch.zeros_like(v) for k, v in params.items()}, clocks, live)[1]
-    except Exception as error: raise ValueError(f'the optimiser fails in a trial step on these parameters ({type(error).__name__}: {_first_line(error)}); is its learning rate too large for their dtype?') from error
+    clocks = {k: {'clock': torch.zeros(M, dtype=torch.long, device='cpu')} for k in params}
+    zeros = {k: torch.zeros_like(v) for k, v in params.items()}
+    live = torch.ones(M, dtype=torch.bool, device='cpu')
+    try: state = optimizer_step(make_optimizer, params, zeros, clocks, live)[1]
+    except Exception as error:
+        raise ValueError('the optimiser fails in a trial step on these parameters '
+                         f'({_first_line(error)}); is its learning rate too large?') from error
     return {k: {key: torch.zeros_like(v) for key, v in own.items()} for k, own in state.items()}
 
 

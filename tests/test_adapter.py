@@ -279,7 +279,7 @@ def disturb(what, model, adapter, batch):
         elif what == 'train': model.train()
         elif what == 'eval': model.eval()
         elif what == 'forward': model.norm.train(), model(**poisoned)
-        elif what == 'freeze': model.requires_grad_(False)
+        elif what == 'freeze': model.requires_grad_(False), model.head.requires_grad_(True)
         elif what == 'write': [t.mul_(2) for t in (*model.parameters(), *model.buffers())]
         elif what == 'replace': model.head.weight = nn.Parameter(torch.zeros(7, 7), requires_grad=False)
         elif what == 'no buffers': [setattr(model.norm, k, None) for k, _ in model.norm.named_buffers()]
@@ -423,7 +423,7 @@ def test_making_an_adapter_changes_nothing(kind, strategy):
                                             (lambda o, b: torch.zeros((), requires_grad=True), 'does not depend'), (lambda o, b: torch.tensor(1), 'does not depend')])
 def test_a_wrong_loss_is_an_error_and_no_step(wrong, message):
     model = make('batch').eval()
-    adapter, before = create_adapter(model, AdaptationConfig(lr=.05)), values(model)
+    adapter, before = create_adapter(model, AdaptationConfig(lr=.05, trainable_only=False)), values(model)
     model.requires_grad_(False)
     with pytest.raises(ValueError, match=message): adapter.adapt(wrong, data('batch'))
     assert_same(values(model), before)
@@ -832,4 +832,14 @@ def test_extending_adaptation_strategies(registry):
     adapter, reg = create_adapter(model, strategy='my_strategy'), .1 * some_regularizer(outputs, batch)
     with adapter.context(model): assert adapter.adapt(cross_entropy, batch)['loss'] == pytest.approx((cross_entropy(outputs, batch) + reg).item(), rel=1e-5)
     with adapter.context(model): assert adapter.adapt(None, batch)['loss'] == pytest.approx(reg.item(), rel=1e-5)
-    with pytest.raises(ValueError, match='registered already, by MyStrategy'): register_adaptation_strategy('my_strategy')(MyStrategy)
+    with pytest.raises(ValueError, match="'my_strategy' is registered already, by .*MyStrategy"): register_adaptation_strategy('my_strategy')(type('Other', (AdaptationStrategy,), {}))
+
+
+def test_a_cell_that_registers_a_strategy_runs_twice(registry):
+    def cell(name='Mine', module='__main__'): return register_adaptation_strategy('mine')(type(name, (AdaptationStrategy,), dict(__module__=module, __qualname__=name)))
+    first, second = cell(), cell()
+    assert module.STRATEGIES['mine'] is second is not first
+    assert cell(module='my_package.mine') is module.STRATEGIES['mine']  # the notebook's class, and the module's that is made from it
+    for name, where in (('Mine', 'another_package'), ('Other', '__main__')):
+        with pytest.raises(ValueError, match='registered already, by my_package.mine.Mine; choose a name beside'): cell(name, where)
+    with pytest.raises(TypeError, match="write @register_adaptation_strategy"): register_adaptation_strategy(first)
