@@ -146,7 +146,9 @@ class CompiledStepper:
             if self.backend != 'eager':
                 from torch._inductor import compile
                 carried = early(*values)
-                with compiler(): late = compile(late, [*carried, *changing], options={'cpp_wrapper': changing[0].device.type == 'cpu'})  # calls without Python between them
+                # calls without Python between them; before 2.7 these had no way to call operations on complex numbers
+                options = {'cpp_wrapper': changing[0].device.type == 'cpu' and torch.__version__ >= '2.7'}
+                with compiler(): late = compile(late, [*carried, *changing], options=options)
             self.graphs[key] = early, late, layouts[0]
         early, late, layout = self.graphs[key]
         return late, early(*values), layout

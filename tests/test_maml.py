@@ -452,6 +452,23 @@ def test_every_core_can_be_traced_and_another_config_is_another_graph(core):
         assert traced.outer_step(tasks_of(traced)) == pytest.approx(plain.outer_step(tasks_of(plain)), rel=1e-9, abs=1e-9)
 
 
+def test_before_torch_2_7_steps_are_called_from_python(monkeypatch):
+    "Its C++ wrapper could not call operations on complex numbers."
+    import torch._inductor
+    from torch.torch_version import TorchVersion
+
+    from ssm_metarl.compiling import CompiledStepper
+    wrapped, compile = [], torch._inductor.compile
+    monkeypatch.setattr(torch._inductor, 'compile', lambda *args, options: wrapped.append(options['cpp_wrapper']) or compile(*args, options=options))
+    results = []
+    for version in ('2.6.0', '2.7.0+cpu', '2.13.0'):
+        monkeypatch.setattr(torch, '__version__', TorchVersion(version))
+        step = CompiledStepper(lambda p: lambda x: [torch.view_as_real(torch.complex(p['a'], p['a']) * torch.complex(x, -x))])
+        results.append(step({'a': torch.ones(4)})(torch.arange(4.))[0])
+    assert wrapped == [False, True, True]
+    for x in results: torch.testing.assert_close(x, torch.stack([2 * torch.arange(4.), torch.zeros(4)], -1))
+
+
 def test_a_missing_compiler_is_named(tmp_path):
     code = "import torch; from ssm_metarl.compiling import Compiled; Compiled(lambda x: (x * 2 + 1,))(torch.ones(3))"
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=os.environ | {'CXX': '/nowhere/g++', 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path)})
