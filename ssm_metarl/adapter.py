@@ -34,7 +34,7 @@ from .rollout import masked_mean, policy_surrogate, value_loss
 from .ssm import SSM, plain_numbers, read_npz, write_npz
 
 # %% ../nbs/05_adapter.ipynb #050012
-LARGEST = 1e30  # that may multiply a float32: some room is left for what an optimiser does
+LARGEST = 1e30  # largest factor of a float32; it leaves room for what an optimiser does
 
 FLAGS = ('radius_relative', 'radius_per_tensor', 'ema_anchor', 'trainable_only', 'shift_gate')
 

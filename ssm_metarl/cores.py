@@ -273,7 +273,7 @@ def core_config(
     output_dim: int = None, # H, features out; None: as many as in
     init: str = SSMConfig.init, # eigenvalues, for cores that have some
 ) -> LayerConfig: # what `CORES[core]` is built from
-    "Raises ValueError for a core that is unknown, sizes that make none, and an `init` that it ignores."
+    "Raises ValueError for an unknown core, for wrong sizes, and for an `init` that the core ignores."
     if core not in CORES: raise ValueError(f'core={core!r:.80} is not one of {", ".join(map(repr, CORES))}')
     if CORES[core].config_class is not LayerConfig: return SSMConfig(input_dim, state_dim, output_dim, init)
     if init != SSMConfig.init: raise ValueError(f'init={init!r:.80} has no effect on core={core!r}, which has no eigenvalues; leave it out')

@@ -23,7 +23,7 @@ def play_on(
     seed = None, # of the reset
     spoil: bool = False, # overwrite each returned array, after it was copied
 ) -> tuple: # observations [T + 1, N, ...], rewards [T, N], terminated [T, N], truncated [T, N]; copies
-    "Actions chosen beforehand, over as many episodes as it takes: where autoreset is disabled, who has finished is reset. (In mode NEXT_STEP the step after an end is no real one.)"
+    "Actions chosen beforehand, over as many episodes as it takes: where autoreset is disabled, what has finished is reset. (In mode NEXT_STEP the step after an end is not real.)"
     def kept(*arrays):
         copies = [np.array(x) for x in arrays]
         if spoil: [x.fill(1) for x in arrays]

@@ -515,7 +515,7 @@ class Luck:
 
 # %% ../nbs/02_envs.ipynb #6e388833
 class TaskBatch(VectorEnv):
-    "N environments of one family and their tasks: the part of `EnvBatch` that does not move."
+    "N environments of one family and their tasks: the part of `EnvBatch` that does not step them."
 
     def __init__(self,
                  config: EnvConfig, # family, N = num_envs, seed
@@ -565,7 +565,7 @@ class TaskBatch(VectorEnv):
         "The tasks, as `set_tasks` takes them."
         return unstack_tasks(self.records)
 
-    def _draw_tasks(self, rows):  # but who was given a task by hand keeps it
+    def _draw_tasks(self, rows):  # a task that was set by hand stays
         rows = rows[~self.chosen[rows]]
         keys = zip(self.luck.seeds[rows].tolist(), self.episodes[rows].tolist())
         new = [TaskDistribution(self.family, seed).sample_tasks(1, start=i if self.new_task_on_reset else 0)[0] for seed, i in keys]
@@ -681,7 +681,7 @@ class EnvBatch(TaskBatch):
         self.state, self.terminated, self.truncated = read_only(state), terminated, truncated
         return self._observe(state, self.tasks), np.array(reward, np.float32), terminated.copy(), truncated.copy(), {}
 
-    def _restart(self, state, reward, terminated, truncated):  # SAME_STEP: whose episode is over starts the next one
+    def _restart(self, state, reward, terminated, truncated):  # SAME_STEP: an end starts the next episode at once
         obs, over = self._observe(state, self.tasks), terminated | truncated
         rows, info = over.nonzero()[0], {}
         if len(rows):

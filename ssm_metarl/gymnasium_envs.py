@@ -153,7 +153,7 @@ def obstacle(
     return next(filter(None, (obstacle(part, name) for name, part in parts.items())), None)
 
 # %% ../nbs/02d_gymnasium_envs.ipynb #02d0042
-BIG = 1000  # numbers in an array from which on flattening it is worth a warning
+BIG = 1000  # we warn before flattening an array with more numbers than this
 
 
 def big_arrays(

@@ -162,7 +162,7 @@ def returns_variance(
 def never_negative(
     change: Tensor, # log-probability of an action now, minus that when it was chosen
 ) -> Tensor: # exp(change) - 1 - change; for change > 20 its tangent there
-    "What the divergence of the old policy from the new one is the mean of (Schulman, 2020)."
+    "Estimate of KL(old || new), which is its mean over old actions (Schulman, 2020)."
     near = change.clamp(max=20)
     return near.exp() * (1 + change - near) - 1 - change
 

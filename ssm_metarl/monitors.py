@@ -56,7 +56,7 @@ def described(
 def predictions(
     outputs, # of a model: a mapping or a named tuple, or a tensor of logits [B, K] or [B, T, K]
 ) -> Mapping: # with 'logits', or with 'mean' and 'log_std'
-    "Outputs by their names; a plain tensor is taken as logits, if it can be. Raises ValueError for what is no prediction."
+    "Outputs by their names; a plain tensor is taken as logits, if it can be. Raises ValueError for anything else."
     if isinstance(outputs, Tensor) and outputs.is_floating_point():
         if outputs.dim() in (2, 3) and outputs.shape[-1] > 1: return dict(logits=outputs)
     named = outputs

@@ -342,7 +342,7 @@ def cpu_model() -> str:
 def provenance(
     device: str, # where it is computed: cpu, cuda, ...
 ) -> dict: # commit, versions, cpu, threads, device and, if it is one, gpu: plain values
-    "With what, and on what, a result is made: to be called when it is."
+    "The commit, versions and machine of a run; call it when the run starts."
     versions = dict(ssm_metarl=__version__, python=platform.python_version(), torch=torch.__version__, numpy=np.__version__, gymnasium=gymnasium.__version__)
     gpu = dict(gpu=torch.cuda.get_device_name(device)) if torch.device(device).type == 'cuda' else {}
     return dict(commit=source_commit(), versions=versions, cpu=cpu_model(), threads=torch.get_num_threads(), device=device) | gpu
@@ -449,7 +449,7 @@ def load_learner(
     "The learner of a checkpoint."
     own, state = load_checkpoint(checkpoint)
     config = own if config is None else config
-    if config.learner != own.learner: config = replace(config, learner=own.learner, meta=own.meta)  # whoever trained it adapts it, as it was trained
+    if config.learner != own.learner: config = replace(config, learner=own.learner, meta=own.meta)  # the learner that trained it also adapts it
     config = replace(config, seed=own.seed if seed is None else seed)
     return make_learner(config, state, device), config
 

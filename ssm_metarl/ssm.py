@@ -234,7 +234,7 @@ def plain_numbers(
 # %% ../nbs/00_ssm.ipynb #000089
 @dataclass(frozen=True)
 class LayerConfig:
-    "Sizes of a layer with a memory. Raises ValueError for sizes that make none."
+    "Sizes of a layer with a memory. Raises ValueError for a size that is not a positive int."
     input_dim: int # D, features in
     state_dim: int = 64 # N, real numbers of state
     output_dim: int = None # H, features out; None: as many as in
@@ -262,7 +262,7 @@ DISCRETISATIONS = ('zoh', 'bilinear')
 
 @dataclass(frozen=True)
 class SSMConfig(LayerConfig):
-    "Sizes and initialisation of one state space layer. Its `state_dim` is N / 2 complex-conjugate pairs, or N real modes. Raises ValueError for sizes, step sizes or an `init` that make no layer, and for step sizes that the `init` ignores."
+    "Sizes and initialisation of one state space layer. Its `state_dim` is N / 2 complex-conjugate pairs, or N real modes. Raises ValueError for wrong sizes, step sizes or `init`, and for step sizes that the `init` ignores."
     init: str = 'lru' # eigenvalues: 'lru' (ring), 'legs' (HiPPO), 's4d-lin', 's4d-inv', 's4d-real', or 'real' (the ring without phase)
     dt_min: float = 1e-3 # smallest step size at the start, for 'legs' and 's4d-...'
     dt_max: float = 1e-1 # largest step size at the start, likewise
@@ -363,7 +363,7 @@ def to_modes(
     x: Tensor, # real [..., 2P], real and imaginary parts interleaved; or [..., N]
     like: Tensor, # modes: complex, or real
 ) -> Tensor: # complex [..., P], or real [..., N]
-    "Real numbers as what they are the parts of: the inverse of `to_real`, in the precision of `like`."
+    "Modes from their real and imaginary parts: the inverse of `to_real`, in the precision of `like`."
     if not like.is_complex(): return x.to(like.dtype)
     x = x.to(torch.float64 if like.dtype == torch.complex128 else torch.float32)
     return torch.view_as_complex(x.view(*x.shape[:-1], x.shape[-1] // 2, 2))
