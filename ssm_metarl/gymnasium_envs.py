@@ -78,7 +78,7 @@ class GymnasiumBatch(EnvBatch):
         if not isinstance(config.family, GymnasiumFamily): raise TypeError(f'{config.env_name!r} is not a GymnasiumFamily; EnvBatch makes the right kind of batch by itself')
         self.changed = np.zeros(config.num_envs, bool)  # whose task is not yet in its environment
         super().__init__(config, tasks, autoreset_mode, **how)
-        kind = type(self.family), self.family.kind, repr(sorted(config.options.items())), self.num_envs, self.render_mode
+        kind = type(self.family), self.family.made_of, repr(sorted(config.options.items())), self.num_envs, self.render_mode
         self.calls, self.family.render_mode = {'sound': True, 'changed': False}, self.render_mode
         make = AsyncVectorEnv if self.family.parallel else SyncVectorEnv
         self.envs = WAITING.pop(kind, None) or make([self.family.make_env] * self.num_envs, autoreset_mode=AutoresetMode.DISABLED)
@@ -188,11 +188,11 @@ class GymnasiumFamily(Family):
                  parallel: bool = False): # a process for each environment, instead of one for all
         self.check_settings(parallel)
         chosen = {'env_id': self.env_id, 'make_options': self.make_options} | vars(self)
-        self.kind, self.parallel = repr(sorted(chosen.items())), parallel  # kind: what decides which environment it is
+        self.made_of, self.parallel = repr(sorted(chosen.items())), parallel  # what decides which environment it is
         found = vars(type(self)).get('found_spaces', {})
-        if self.kind not in found:  # once: making an environment takes long
-            type(self).found_spaces = found | {self.kind: self.find_spaces()}
-        self.observation_space, self.action_space, self.render_fps, self.first = self.found_spaces[self.kind]
+        if self.made_of not in found:  # once: making an environment takes long
+            type(self).found_spaces = found | {self.made_of: self.find_spaces()}
+        self.observation_space, self.action_space, self.render_fps, self.one_hot_from = self.found_spaces[self.made_of]
 
     def check_settings(self, parallel):
         name = type(self).__name__
@@ -230,8 +230,8 @@ class GymnasiumFamily(Family):
                obs: np.ndarray, # of many environments, [n, O], or int [n]
               ) -> np.ndarray: # float32 [n, O]
         "What a policy sees."
-        if self.first is None: return obs.astype(np.float32)
-        return one_hot(obs - self.first, self.observation_space.shape[0])
+        if self.one_hot_from is None: return obs.astype(np.float32)
+        return one_hot(obs - self.one_hot_from, self.observation_space.shape[0])
 
     def plain_env(self) -> gym.Env:
         "The environment as its authors made it. Override this to wrap it."
@@ -273,7 +273,7 @@ class GymnasiumFamily(Family):
     def nothing(self, state, tasks):
         if not isinstance(self.action_space, spaces.Box): raise NotImplementedError(f'{self.env_id} has no neutral action')
         nearest = np.clip(0, self.action_space.low, self.action_space.high).astype(self.action_space.dtype)
-        return np.tile(nearest, (len(state), 1))
+        return np.repeat(nearest[None], len(state), 0)
 
 # %% ../nbs/02d_gymnasium_envs.ipynb #02d0027
 class HalfCheetah(GymnasiumFamily):
