@@ -105,10 +105,10 @@ class AdaptConfig:
     later_scale: float = 1.0 # how long steps after the first that was kept are, as a share of it; they were not trained for
     trajectories: int = 0 # support trajectories per step; 0: as many as in training
     online: bool = False # go on adapting while the evaluated episode runs
-    online_interval: int = 20 # environment steps between two online updates
+    online_interval: int = 20 # environment steps between two online updates; with `online` only
     optimizer: str = 'sgd' # the rule that was meta-trained; or any name that `AdaptationConfig` takes
     strategy: str = 'none' # a registered adaptation strategy
-    entropy_weight: float = 0.01 # weight of the entropy, for the strategy 'tent'
+    entropy_weight: float = 0.01 # weight of the entropy, for strategies that use it, such as 'tent'
     rollback: bool = True # whether a step that made the return on fresh trajectories worse is taken back, and the next one halved
     max_grad_norm: float = 10.0 # clip the gradient of each task to this norm
     trust_radius: float = 1.0 # largest distance from the meta-parameters, as a multiple of their norm
@@ -771,7 +771,7 @@ def experiment_command(
     "How to get a row of a table again."
     if not changes.keys() <= {'outer_steps', 'episodes'}:  # the command line has no flag for the others
         words = ''.join(f', {k}={v!r}' for k, v in (changes | ({} if device == 'cpu' else dict(device=device))).items())
-        return shlex.join(['python', '-c', f'from ssm_metarl.pipeline import run_experiment; run_experiment({name!r}, {"experiments/" + name!r}, {seeds}, [{variant!r}]{words})'])
+        return f'python -c "from ssm_metarl.pipeline import run_experiment; run_experiment({name!r}, {"experiments/" + name!r}, {seeds}, [{variant!r}]{words})"'
     flags = [word for k, v in changes.items() for word in (f'--{k.replace("_", "-")}', str(v))] + ([] if device == 'cpu' else ['--device', device])
     runs = [[seed for _, seed in group] for _, group in itertools.groupby(enumerate(sorted(seeds)), lambda pair: pair[1] - pair[0])]
     command = lambda run: ['ssm-metarl', 'experiment', name, '--variants', variant, *(['--first-seed', str(run[0])] if run[0] else []), '--seeds', str(len(run)), *flags]
