@@ -423,7 +423,7 @@ class MetaMAML(MetaLearner):
                 params: dict, # meta-parameters, [...]
                 support: list, # of (trajectories, advantage), one for each inner step
                 reached: dict = {}, # where they lead from there, if known and if first order is enough, [M, ...]
-                steps: Tensor = None, # `mean_steps` of each of these sets in the whole batch, [inner_steps]; None: of these tasks
+                steps: Tensor = None, # `mean_steps` of each of these sets in the whole batch, and of the query, [inner_steps + 1]; None: of these tasks
                 gain: Tensor = None, # as `query_gain` gives it, [M]; None: without E-MAML's term
                ) -> tuple: # parameters after all inner steps [M, ...]; what the support trajectories add to the outer loss, [M]
         "Adaptation as a function of the meta-parameters."
@@ -431,8 +431,8 @@ class MetaMAML(MetaLearner):
         if reached: return {k: reached[k] + (v - v.detach()) for k, v in params.items()}, extra
         for i, (traj, advantage) in enumerate(support):
             logp = support_logp(self.policy, params, traj)
-            terms = self.support_terms(logp, traj, gain)
-            if terms is not None: extra = extra + by_steps(terms, traj, None if steps is None else steps[i])
+            if self.config.inner_kl: extra = extra + by_steps(self.penalty(logp, traj), traj, None if steps is None else steps[i])
+            if gain is not None: extra = extra + by_steps(self.exploration(logp, traj, gain), traj, None if steps is None else steps[-1])
             params = inner_step(self.policy, params, traj, self.config, advantage, create_graph=not self.first_order, logp=logp, lr=self.inner_lr)
         return params, extra
 
@@ -441,15 +441,12 @@ class MetaMAML(MetaLearner):
         "Whether second derivatives are left out."
         return self.config.first_order
 
-    def support_terms(self, logp, traj, gain):  # ProMP's penalty (Rothfuss et al., ICLR 2019) and E-MAML's term, means over the steps of each task, [M]; None: neither
-        config, terms = self.config, []
-        if config.inner_kl:
-            change = (logp - traj.logp).masked_fill(~traj.mask, 0)
-            terms.append(config.inner_kl / config.inner_steps * masked_mean(never_negative(change), traj.mask))
-        if gain is not None:
-            clip = None if config.outer == 'trpo' else config.clip
-            terms.append(exploration_loss(logp, traj, gain, clip))
-        return sum(terms) if terms else None
+    def penalty(self, logp, traj):  # ProMP's (Rothfuss et al., ICLR 2019), a mean over the steps of each task, [M]
+        change = (logp - traj.logp).masked_fill(~traj.mask, 0)
+        return self.config.inner_kl / self.config.inner_steps * masked_mean(never_negative(change), traj.mask)
+
+    def exploration(self, logp, traj, gain):  # E-MAML's term, [M]
+        return exploration_loss(logp, traj, gain, None if self.config.outer == 'trpo' else self.config.clip)
 
     def outer_loss(self,
                    support: list, # of (trajectories, advantage), one for each inner step
@@ -461,8 +458,9 @@ class MetaMAML(MetaLearner):
                    gain: Tensor = None, # as for `adapted`
                   ) -> tuple: # as `query_losses`
         "How the adapted policies do on their query trajectories, as a function of the meta-parameters, and what the support trajectories add."
+        if steps is None: steps = torch.stack([mean_steps(t) for t in (*(t for t, _ in support), query)])
         params, extra = self.adapted(self.params, support, reached, steps, gain)
-        loss, error, kl = query_losses(self.policy, params, query, advantage, self.config_now, scale, steps=None if steps is None else steps[-1])
+        loss, error, kl = query_losses(self.policy, params, query, advantage, self.config_now, scale, steps=steps[-1])
         return loss + extra, error, kl
 
     def chunks(self, support, query, advantage, reached={}):  # pairs: index of the first task, arguments of `outer_loss`

@@ -17,8 +17,8 @@ from gymnasium import spaces
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .cores import CORES
-from .ssm import SSMConfig, between, linear, plain_numbers, product
+from .cores import CORES, core_config
+from .ssm import LayerConfig, between, check_counts, linear, plain_numbers, product
 
 # %% ../nbs/01_policy.ipynb #010013
 def action_log_prob(
@@ -76,11 +76,15 @@ class PolicyConfig:
 
     def __post_init__(self):
         plain_numbers(self)
-        if not isinstance(self.hidden_dim, int) or self.hidden_dim < 1: raise ValueError(f'hidden_dim={self.hidden_dim!r} is not a positive int')
-        SSMConfig(self.hidden_dim, self.state_dim, init=self.init)  # checks the next two
-        if self.core not in CORES: raise ValueError(f'core={self.core!r} is not one of {", ".join(map(repr, CORES))}')
+        check_counts(self, 'hidden_dim', 'state_dim')
+        self.layer  # checks the core and its `init`
         if not (math.isfinite(self.init_log_std) and math.isfinite(self.min_log_std)): raise ValueError(f'init_log_std={self.init_log_std}, min_log_std={self.min_log_std} are not both finite')
         if self.min_log_std > self.init_log_std: raise ValueError(f'min_log_std={self.min_log_std} is above init_log_std={self.init_log_std}; lower it')
+
+    @property
+    def layer(self) -> LayerConfig:
+        "What the core is built from."
+        return core_config(self.core, self.hidden_dim, self.state_dim, init=self.init)
 
 # %% ../nbs/01_policy.ipynb #010045
 def encode(
@@ -169,7 +173,7 @@ def action_units(
     elif space.dtype.kind == 'f':
         low, high = low.clip(np.finfo(space.dtype).min), high.clip(max=np.finfo(space.dtype).max)
     centre = np.where(two_bounds, low / 2 + high / 2, np.clip(0, low, high))
-    scale = np.where(two_bounds, high / 2 - low / 2, 1.)
+    scale = np.where(two_bounds, np.maximum(high / 2 - low / 2, np.finfo(float).tiny), 1.)  # not 0: inf * 0 is nan
     # a product with one number is faster
     return tuple(float(x[0]) if (x == x[0]).all() else x for x in (centre, scale, low, high))
 
@@ -198,7 +202,7 @@ class SSMMetaPolicy(nn.Module):
     def _build(self, config, seed):
         H, device = config.hidden_dim, torch.get_default_device()
         layer = lambda *sizes: nn.utils.skip_init(nn.Linear, *sizes, device=device)  # the usual initialisation would draw from the global generator
-        self.core = CORES[config.core](SSMConfig(H, config.state_dim, H, init=config.init), seed)
+        self.core = CORES[config.core](config.layer, seed)
         self.encoder, self.norm, self.mixer = layer(self.input_dim, H), nn.LayerNorm(H), layer(H, H)
         self.action, self.value = layer(H, self.action_dim), layer(H, 1)
         if not self.discrete: self.log_std = nn.Parameter(torch.empty(self.action_dim))

@@ -310,10 +310,12 @@ def gae(
 def normalise(
     x: Tensor, # [M, K, T]
     mask: Tensor, # bool [M, K, T]
+    rounding: Tensor = 0., # standard deviations up to here are rounding errors, and not blown up, [M]
 ) -> Tensor: # [M, K, T]: mean 0 and standard deviation 1 over the real steps of each task, 0 elsewhere
     "Standardise per task, so that the size of the inner step does not depend on the scale of the reward."
     centred = (x - masked_mean(x, mask)[:, None, None]).masked_fill(~mask, 0)
-    return centred / masked_mean(centred**2, mask).sqrt().clamp(min=1e-8)[:, None, None]
+    std = masked_mean(centred**2, mask).sqrt()
+    return centred / torch.where(std > rounding, std.clamp(min=1e-8), inf)[:, None, None]
 
 
 def advantages(
@@ -323,8 +325,9 @@ def advantages(
 ) -> Tensor: # [M, K, T], like the reward; normalised per task
     "GAE around a linear baseline that is fitted to these very trajectories, task by task."
     reward = traj.reward.double().masked_fill(~traj.mask, 0)
-    value = linear_baseline(traj, discounted_sum(reward, gamma))
-    return normalise(gae(reward, value, gamma, lam), traj.mask).to(traj.reward.dtype)
+    returns = discounted_sum(reward, gamma)
+    rounding = 1e-12 * returns.abs().flatten(1).amax(1)
+    return normalise(gae(reward, linear_baseline(traj, returns), gamma, lam), traj.mask, rounding).to(traj.reward.dtype)
 
 # %% ../nbs/03_rollout.ipynb #030069
 SURROGATES = ('ratio', 'dice', 'logprob')
@@ -343,6 +346,7 @@ def policy_surrogate(
     if clip is not None and kind != 'ratio': raise ValueError(f'clip={clip} needs a ratio, not kind={kind!r}; leave one of them out')
     change = logp if kind == 'logprob' else logp - logp_old.detach()
     change = change.masked_fill(~mask, 0)  # first of all, so that nothing after the end reaches the gradient, not even nan
+    if kind == 'dice': advantage = advantage.masked_fill(~mask, 0)  # its sums reach back from there
     if clip is not None:  # clipped before the exponential, which might overflow where nothing is to be gained
         lowest = log1p(-clip) if clip < 1 else -inf
         change = torch.where(advantage >= 0, change.clamp(max=log1p(clip)), change.clamp(min=lowest))

@@ -65,10 +65,10 @@ def expected_gradient(learner, K, gain=True):
     support = some(sets, learner, learner.params)
     for q in range(8):  # the same query trajectory for all support sets
         phi = {k: torch.stack([x[k].detach() for x in adapted]) for k in adapted[0]}
-        query = some(torch.full((len(sets), 1), q), learner, phi)
+        query = some(torch.full((len(sets), K), q), learner, phi)  # K times the same: a mean over trajectories
         chance = torch.stack([probabilities(learner, x)[q] for x in adapted]).detach()
-        score = query.reward.sum((1, 2)) if gain else None
-        loss = learner.outer_loss([(support, TO_GO[sets])], query, TO_GO[q].expand(len(sets), 1, T), gain=score)[0]
+        score = query.reward.sum((1, 2)) / K if gain else None
+        loss = learner.outer_loss([(support, TO_GO[sets])], query, TO_GO[q].expand(len(sets), K, T), gain=score)[0]
         losses = losses + (weight * chance * loss).sum()
     return -T * gradient(losses, learner), exact
 

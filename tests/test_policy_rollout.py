@@ -1,5 +1,4 @@
 "Properties of `policy` and `rollout` that hold for any shape, mask and number."
-import time
 from dataclasses import fields, replace
 
 import numpy as np
@@ -169,13 +168,12 @@ def test_five_steps_do_not_lose_their_signal():
 
 
 @pytest.mark.parametrize('features', [294, 27_648])  # pictures of MiniGrid and of CarRacing
-def test_a_baseline_of_images_takes_seconds_at_most(features):
+def test_a_baseline_of_images_fits_into_memory(features):
     g = torch.Generator().manual_seed(0)
     obs, y = torch.randn(1, 4, 50, features, generator=g), torch.randn(1, 4, 50, generator=g)
     zero, mask = torch.zeros(1, 4, 50), torch.ones(1, 4, 50).bool()
-    start = time.perf_counter()
     fitted = linear_baseline(Trajectories(obs, zero, zero, mask, mask, mask, mask, mask, zero, zero), y)
-    assert fitted.isfinite().all() and time.perf_counter() - start < 20
+    assert fitted.isfinite().all()  # F equations of F numbers would take 24 GB
 
 
 def test_rollouts_without_noise_and_in_float64():
@@ -466,3 +464,32 @@ def test_a_finite_loss_has_finite_derivatives(change, advantage, kind):
     slope, = torch.autograd.grad(loss, logp, create_graph=True)
     if loss.isfinite(): assert slope.isfinite().all()
     if loss.isfinite() and slope.requires_grad: assert torch.autograd.grad(slope.sum(), logp)[0].isfinite().all()
+
+
+@pytest.mark.parametrize('kind', SURROGATES)
+def test_an_advantage_after_the_end_reaches_no_gradient_even_if_it_is_nan(kind):
+    logp, mask = torch.zeros(1, 1, 3, requires_grad=True), torch.tensor([[[True, True, False]]])
+    policy_surrogate(logp, torch.zeros(1, 1, 3), torch.tensor([[[1., 2., torch.nan]]]), mask, kind).sum().backward()
+    assert logp.grad.isfinite().all() and logp.grad[0, 0, 0] != 0
+
+
+@pytest.mark.parametrize('unit', [1e-6, 1., 1e6, 1e12])
+def test_rounding_is_no_advantage_in_any_unit(unit):
+    g = torch.Generator().manual_seed(0)
+    obs, reward, on = torch.randn(1, 1, 2, 1, generator=g), torch.randn(1, 1, 2, generator=g) * unit, torch.ones(1, 1, 2).bool()
+    traj = Trajectories(obs, reward, reward, ~on, ~on, on, on, on, reward, reward)  # a line in t goes through both returns
+    assert not advantages(traj).any()
+
+
+@pytest.mark.parametrize('dtype', ['f4', 'i4'])
+def test_a_dimension_without_room_takes_any_action(dtype):
+    policy = policy_in(spaces.Box(np.array([2, -1, 0], dtype), np.array([2, 1, 5], dtype), dtype=np.dtype(dtype)))
+    for action in ([np.inf] * 3, [-np.inf] * 3, [7.] * 3): assert policy.action_space.contains(policy.to_env(np.array([action], np.float32))[0])
+
+
+@pytest.mark.parametrize('core', ['gru', 'h3'])
+def test_a_policy_asks_of_its_core_what_the_core_needs(core):
+    assert policy_in(spaces.Discrete(2)).config.core == 'ssm'
+    SSMMetaPolicy(spaces.Box(-1, 1, (2,), np.float32), spaces.Discrete(2), PolicyConfig(8, 5, core=core))  # odd: no pairs here
+    with pytest.raises(ValueError, match='has no effect'): PolicyConfig(8, 4, init='legs', core=core)
+    with pytest.raises(ValueError, match='hidden_dim=True'): PolicyConfig(True, 4, core=core)

@@ -165,16 +165,17 @@ def test_bootstrapped_targets_are_those_of_the_equations(gamma, lam):
     traj = made_up()
     last = traj.mask & ~traj.mask.roll(-1, -1)
     after = torch.randn(traj.reward.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64).masked_fill(~last, 0)
-    after[0] = 0  # a task that ended by its own rules
+    after[0] = 0  # a task whose value head expects the mean
     rows = [x.flatten(0, 1).tolist() for x in (traj.reward, traj.value, traj.mask)]
     for x, y in zip(trial_targets(traj, gamma, lam, after), by_loops(*rows, gamma, lam, after.flatten(0, 1).tolist())): np.testing.assert_allclose(x.flatten(0, 1).numpy(), y, atol=1e-12)
     for x, y in zip(trial_targets(traj, gamma, lam, torch.zeros_like(after)), trial_targets(traj, gamma, lam)): torch.testing.assert_close(x, y, rtol=0, atol=1e-12)
-    whole = replace(traj, mask=torch.ones_like(traj.mask))  # all are cut at the same time, so what they have in common drops out
+    never = torch.zeros_like(traj.mask)
+    whole = replace(traj, mask=~never, terminated=never)  # all are cut at the same time, so what they have in common drops out
     end = torch.arange(7) == 6
     for x, y in zip(trial_targets(whole, gamma, lam, after * 0 + end * 5.), trial_targets(whole, gamma, lam)): torch.testing.assert_close(x, y, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize('place', ['continuous actions', 'episodes that end early'])
+@pytest.mark.parametrize('place', ['continuous actions', 'bandit'])
 def test_bootstrapping_learns_and_resumes(place):
     learner, plain = make(place, bootstrap=True, gamma=.9), make(place, gamma=.9)
     for x in (learner, plain): x.outer_step(tasks_of(x))
@@ -279,3 +280,19 @@ def test_it_learns_to_learn():
     tasks = sample_tasks(env, 500, 'held_out')
     arms = collect(policy, params_of(learner), tasks, env, 'evaluation', deterministic=True).action[:, 0].numpy()
     assert regret(np.stack([task['chance'] for task in tasks]), arms)[:, -1].mean() < 1.5  # chance: 3.75
+
+
+def test_cut_trials_beside_ended_ones_are_refused():
+    "Without a mean for the time after the cut, the one that survived would count as if an average future were worth nothing."
+    mask = torch.ones(1, 2, 4, dtype=torch.bool)
+    mask[0, 0, 3] = False
+    zero, never = torch.zeros(1, 2, 4), torch.zeros_like(mask)
+    ended, cut = never.clone(), never.clone()
+    ended[0, 0, 2], cut[0, 1, 3] = True, True
+    traj = Trajectories(zero[..., None], zero, mask.float(), ended, cut, mask, never, never, zero, zero)
+    with pytest.raises(ValueError, match="bootstrap=True needs trials that the clock cuts, all of them"): trial_targets(traj, after=zero)
+    trial_targets(traj), trial_targets(replace(traj, terminated=never), after=zero)  # neither is a mixture
+    learner = make('episodes that end early', bootstrap=True)
+    before = learner.state_dict()
+    with pytest.raises(ValueError, match='some of these ended by the rules'): learner.outer_step(tasks_of(learner))
+    assert_same(learner.state_dict(), before)

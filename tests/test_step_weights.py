@@ -127,3 +127,14 @@ def test_a_trust_region_weighs_steps_alike():
     gain = (action_log_prob(out, query.action) - query.logp).exp() * advantage + .05 * entropy(out)
     torch.testing.assert_close(loss.mean(), -gain[query.mask].mean(), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(kl.mean(), kl_divergence(before, out)[query.mask].mean(), rtol=1e-9, atol=1e-12)
+
+
+def test_emaml_weighs_a_support_trajectory_like_one_of_the_query():
+    "E-MAML's term of a task is -K gain times its support steps, divided by the mean number of *query* steps, as the outer loss is."
+    learner = make('MamlTestCorridor-v0', history=True, surrogate='logprob', exploration_term=True)
+    support, query, advantage = trajectories(learner)
+    assert len({support[0][0].num_steps, query.num_steps}) == 2  # adaptation changes how long episodes are
+    gain = torch.linspace(-1, 1, M, dtype=torch.float64)
+    extra = learner.outer_loss(support, query, advantage, gain=gain)[0] - learner.outer_loss(support, query, advantage)[0]
+    steps = support[0][0].mask.sum((1, 2))
+    torch.testing.assert_close(extra, -K * gain * steps / (query.num_steps / M), rtol=1e-9, atol=1e-12)
