@@ -581,3 +581,16 @@ def test_one_sample_has_no_covariance():
     adapter = create_adapter(nn.Linear(3, 2))
     adapter.calibrate(torch.randn(50, 3, generator=torch.Generator().manual_seed(0)))
     assert all(v is None or math.isfinite(v) for v in adapter.observe(torch.zeros(1, 3), feats=torch.zeros(1, 3)).values())
+
+
+def test_values_with_a_last_dimension_of_one():
+    hook, value = MetaRLHook(create_adapter(nn.Linear(3, 2))), torch.zeros(4, 7, 1)
+    assert hook.value_loss(dict(value=value), dict(returns=torch.ones(4, 7, 1))) == 1
+    with pytest.raises(ValueError, match='give one number for each'): hook.value_loss(dict(value=value), dict(returns=torch.ones(4, 7)))
+
+
+def test_weights_tied_after_the_adapter_was_made():
+    m = nn.ModuleDict(dict(embed=nn.Embedding(5, 3), head=nn.Linear(3, 5, bias=False)))
+    adapter = create_adapter(m, AdaptationConfig(include='head.weight', trust_radius=None))
+    m['head'].weight = m['embed'].weight
+    assert adapter.adapt(square, torch.ones(2, 3), lambda x: m['head'](x))['steps'] == 1
