@@ -238,3 +238,8 @@ def test_nested_options_of_a_file_pass_the_command_line(tmp_path, capsys, recwar
     assert parse(['train', '--config', str(tmp_path / 'mine.toml')]).experiment.env_options == {'option': {'sizes': [1, 2], 'name': 'x'}}
     assert parse('train --env-name Optional-v0 --env-options option text'.split()).experiment.env_options == {'option': 'text'}
     assert not [w for w in recwarn if 'tyro' in str(w.filename)]
+
+
+def test_numpy_numbers_in_an_experiment(tmp_path):
+    results = run_experiment('nav2d', tmp_path, np.arange(2), ['SSM'], episodes=np.int64(3), progress=False, outer_steps=TWO)
+    assert results['table'][0]['seeds'] == [0, 1] and results['table'][0]['command'] == 'ssm-metarl experiment nav2d --variants SSM --seeds 2 --outer-steps 2 --episodes 3'
