@@ -12,9 +12,9 @@ __all__ = ['CONFIGS', 'FORMAT', 'FORMAT_VERSION', 'EXPERIMENTS', 'MEMORIES', 'RE
            'with_step_sizes', 'adaptation_functions', 'adapt_policy', 'online_episode', 'online_advantages',
            'evaluate_with_adaptation', 'Experiment', 'trial_scores', 'parameter_counts', 'run_variant', 'rounded',
            'with_intervals', 'experiment_command', 'table_row', 'experiment_table', 'paired_differences',
-           'write_text_whole', 'read_row', 'run_experiment', 'show_interval', 'experiment_lines', 'check_figure',
-           'Train', 'Eval', 'Adapt', 'RunExperiment', 'config_flag', 'one_line', 'plain_decimals', 'parse', 'show',
-           'fail', 'main']
+           'write_text_whole', 'read_row', 'run_experiment', 'show_interval', 'show_scores', 'experiment_lines',
+           'check_figure', 'Train', 'Eval', 'Adapt', 'RunExperiment', 'config_flag', 'one_line', 'plain_decimals',
+           'parse', 'show', 'fail', 'main']
 
 # %% ../nbs/08_pipeline.ipynb #080003
 import argparse
@@ -74,7 +74,8 @@ def check_type(
     origin = typing.get_origin(kind)
     allowed = origin if isinstance(origin, type) and origin is not types.UnionType else kind  # dict[str, int] -> dict
     number = type(value) is int and kind is float
-    if not (number or isinstance(value, allowed)) or isinstance(value, bool) and bool not in (kind, *typing.get_args(kind)):
+    stray = isinstance(value, bool) and bool not in (kind, *typing.get_args(kind))  # a bool is an int
+    if stray or not (number or isinstance(value, allowed)):
         raise ValueError(f'{owner}.{name}={repr(value)[:80]} is not of type {getattr(kind, "__name__", kind)}')
 
 
@@ -82,7 +83,8 @@ def check_fields(
     config, # a dataclass
 ):
     "Raises ValueError for a field with a value of another type than it is declared with."
-    for name, kind in typing.get_type_hints(type(config)).items(): check_type(type(config).__name__, name, getattr(config, name), kind)
+    cls = type(config)
+    for name, kind in typing.get_type_hints(cls).items(): check_type(cls.__name__, name, getattr(config, name), kind)
 
 
 def as_saved(
@@ -90,11 +92,14 @@ def as_saved(
     name: str = 'env_options', # for the message
 ): # the same, with lists for tuples and plain numbers for NumPy's
     "A value in the form in which it comes back from a file. Raises ValueError for what a file cannot hold."
-    if isinstance(value, dict) and all(isinstance(k, str) for k in value): return {k: as_saved(v, f'{name}[{k!r}]') for k, v in value.items()}
+    if isinstance(value, dict) and all(isinstance(k, str) for k in value):
+        return {k: as_saved(v, f'{name}[{k!r}]') for k, v in value.items()}
     if isinstance(value, (list, tuple)): return [as_saved(v, f'{name}[{i}]') for i, v in enumerate(value)]
     value = value.item() if isinstance(value, np.generic) else value
-    if value is None or isinstance(value, (bool, int, str)) or isinstance(value, float) and math.isfinite(value): return value
-    raise ValueError(f'{name}={repr(value)[:80]} cannot be kept in a file; give finite numbers, strings, lists, or dicts with strings as keys')
+    finite = isinstance(value, float) and math.isfinite(value)
+    if value is None or finite or isinstance(value, (bool, int, str)): return value
+    raise ValueError(f'{name}={repr(value)[:80]} cannot be kept in a file; '
+                     'give finite numbers, strings, lists, or dicts with strings as keys')
 
 # %% ../nbs/08_pipeline.ipynb #080006
 @dataclass(frozen=True)
@@ -124,7 +129,8 @@ class AdaptConfig:
         make_strategy(self.strategy), self.guards()  # they check the rest
 
     def refuse_unless_default(self, name, because):  # what would be ignored
-        if (value := getattr(self, name)) != (usual := getattr(type(self), name)): raise ValueError(f'{name}={value!r} is not used with {because}; leave it at {usual!r}')
+        value, usual = getattr(self, name), getattr(type(self), name)
+        if value != usual: raise ValueError(f'{name}={value!r} is not used with {because}; leave it at {usual!r}')
 
     def guards(self) -> AdaptationConfig:
         "What the adapter needs to know."
@@ -150,6 +156,7 @@ class ExperimentConfig:
         for config in (self, self.meta, self.policy): check_fields(config)
         object.__setattr__(self, 'env_options', as_saved(self.env_options))
         if self.learner not in LEARNERS: raise ValueError(f'learner={self.learner!r} is not one of {", ".join(map(repr, LEARNERS))}')
+        LEARNERS[self.learner].check_config(self.meta)  # what it would ignore is refused
         self.env  # checks the other fields before
 
     @property
@@ -325,7 +332,9 @@ def source_commit(
     folder: Path = Path(ssm_metarl.__file__).parent, # of the package
 ) -> str: # 'unknown' if the package is not part of a git checkout
     "The commit of the source, with '+' if the package's files differ from it."
-    def git(*words): return subprocess.run(['git', '-C', str(folder), *words], check=True, capture_output=True, text=True).stdout.strip()
+    def git(*words):
+        done = subprocess.run(['git', '-C', str(folder), *words], check=True, capture_output=True, text=True)
+        return done.stdout.strip()
     try:
         git('ls-files', '--error-unmatch', '__init__.py')  # is it this package that the repository holds?
         return git('rev-parse', '--short=12', 'HEAD') + '+' * bool(git('status', '--porcelain', '--', '.'))
@@ -342,10 +351,12 @@ def cpu_model() -> str:
 def provenance(
     device: str, # where it is computed: cpu, cuda, ...
 ) -> dict: # commit, versions, cpu, threads, device and, if it is one, gpu: plain values
-    "The commit, versions and machine of a run; call it when the run starts."
-    versions = dict(ssm_metarl=__version__, python=platform.python_version(), torch=torch.__version__, numpy=np.__version__, gymnasium=gymnasium.__version__)
+    "With what, and on what, a result is made: to be called when it is."
+    modules = dict(ssm_metarl=ssm_metarl, torch=torch, numpy=np, gymnasium=gymnasium)
+    versions = {name: str(module.__version__) for name, module in modules.items()}
     gpu = dict(gpu=torch.cuda.get_device_name(device)) if torch.device(device).type == 'cuda' else {}
-    return dict(commit=source_commit(), versions=versions, cpu=cpu_model(), threads=torch.get_num_threads(), device=device) | gpu
+    return dict(commit=source_commit(), versions=dict(python=platform.python_version()) | versions, cpu=cpu_model(),
+                threads=torch.get_num_threads(), device=device) | gpu
 
 # %% ../nbs/08_pipeline.ipynb #080029
 def writable_folder(
@@ -469,7 +480,8 @@ def check_episodes(
     episodes: int, # held-out tasks
 ) -> int: # the same, a plain number
     "Raises ValueError for a number that cannot be."
-    if not isinstance(episodes, (int, np.integer)) or not 1 <= episodes <= MAX_TASKS: raise ValueError(f'episodes={episodes!r} is not a number from 1 to {MAX_TASKS:,}')
+    if not isinstance(episodes, (int, np.integer)) or not 1 <= episodes <= MAX_TASKS:
+        raise ValueError(f'episodes={episodes!r} is not a number from 1 to {MAX_TASKS:,}')
     return int(episodes)
 
 
@@ -648,7 +660,9 @@ def evaluate_with_adaptation(
     learner, config = load_learner(checkpoint, config, seed, device)
     changes |= {k: v for k, v in dict(steps=steps, online=online).items() if v is not None}
     adapt = replace(config.adapt, **changes)
-    if not (adapt.steps or adapt.online) and (ignored := changes.keys() - {'steps', 'online'}): raise ValueError(f'steps={adapt.steps} takes no step, so {", ".join(sorted(ignored))} would not be used; leave it out, or take steps')
+    ignored = ', '.join(sorted(changes.keys() - {'steps', 'online'}))
+    if ignored and not (adapt.steps or adapt.online):
+        raise ValueError(f'steps={adapt.steps} takes no step, so {ignored} would not be used; leave it out, or take steps')
     check_adaptation(config.learner, learner.inner_lr, adapt)
     tasks = sample_tasks(config.env, episodes, split or config.env.tasks.test_split)
     return adapt_policy(learner.policy, {k: v.detach() for k, v in learner.params.items()}, tasks, config.env, config.meta, adapt, deterministic, progress, learner.inner_lr)
@@ -706,7 +720,8 @@ def trial_scores(
         for name in ('greedy', 'sampled'):
             values = {'reward': expected_returns(policy, params, records, env, deterministic=name == 'greedy')}
             if 'chance' in records[0]: values['regret'] = env.trial_length * np.array([record['chance'].max() for record in records], float) - values['reward']
-            scores[split][name] = {k: [round(float(v.mean()), 4), round(float(v.std() / len(v)**.5), 4) if len(v) > 1 else None] for k, v in values.items()}
+            error = lambda v: round(float(v.std() / len(v)**.5), 4) if len(v) > 1 else None
+            scores[split][name] = {k: [round(float(v.mean()), 4), error(v)] for k, v in values.items()}
     return scores
 
 # %% ../nbs/08_pipeline.ipynb #080068
@@ -737,9 +752,9 @@ def run_variant(
     validation = {s: judge(path) for s, path in paths.items()} if len(paths) > 1 else {}
     best = max(validation, key=validation.get, default=total)
     result = evaluate_with_adaptation(paths[best], config, experiment.episodes, device=device, progress=progress)
-    rounded = lambda x: np.round(x, 3).tolist()
     scores = trial_scores(paths[best], config, experiment.score_tasks, device) if experiment.score_tasks else {}
-    made = dict(training=[line['provenance'] for line in read_log(folder) if 'provenance' in line], evaluation=provenance(device), parameters=parameter_counts(load_learner(paths[best])[0]))
+    made = dict(training=[line['provenance'] for line in read_log(folder) if 'provenance' in line], evaluation=provenance(device),
+                parameters=parameter_counts(load_learner(paths[best])[0]))
     return dict(scores=scores, training_s=trained['wall_s'], training_cpu_s=trained['cpu_s'], env_steps=trained['env_steps'], checkpoint=best, validation_return={str(s): round(float(v), 3) for s, v in validation.items()}, summary=result.summary(),
                 returns_by_step=rounded(result.returns_by_step), references={k: rounded(v) for k, v in result.references.items()}, provenance=made)
 
@@ -756,7 +771,9 @@ def with_intervals(
 ) -> dict: # name, name_ci95 and name_t95, in lists if there are steps; name_by_seed
     "A statistic and its intervals over seeds and tasks, as they are written to files."
     by_seed = rounded(statistic(returns, axis=-1))
-    if returns.ndim == 2: return {name: rounded(statistic(returns.ravel(), axis=0)), f'{name}_by_seed': by_seed} | {f'{name}_{k}': rounded(v) for k, v in seed_intervals(returns, statistic).items()}
+    if returns.ndim == 2:
+        intervals = {f'{name}_{k}': rounded(v) for k, v in seed_intervals(returns, statistic).items()}
+        return {name: rounded(statistic(returns.ravel(), axis=0))} | intervals | {f'{name}_by_seed': by_seed}
     steps = [with_intervals(name, returns[:, k], statistic) for k in range(returns.shape[1])]
     return {k: [step[k] for step in steps] for k in (name, f'{name}_ci95', f'{name}_t95')} | {f'{name}_by_seed': by_seed}
 
@@ -770,12 +787,17 @@ def experiment_command(
 ) -> str: # one command for each run of consecutive seeds, joined with &&
     "How to get a row of a table again."
     if not changes.keys() <= {'outer_steps', 'episodes'}:  # the command line has no flag for the others
-        words = ''.join(f', {k}={v!r}' for k, v in (changes | ({} if device == 'cpu' else dict(device=device))).items())
-        return f'python -c "from ssm_metarl.pipeline import run_experiment; run_experiment({name!r}, {"experiments/" + name!r}, {seeds}, [{variant!r}]{words})"'
-    flags = [word for k, v in changes.items() for word in (f'--{k.replace("_", "-")}', str(v))] + ([] if device == 'cpu' else ['--device', device])
-    runs = [[seed for _, seed in group] for _, group in itertools.groupby(enumerate(sorted(seeds)), lambda pair: pair[1] - pair[0])]
-    command = lambda run: ['ssm-metarl', 'experiment', name, '--variants', variant, *(['--first-seed', str(run[0])] if run[0] else []), '--seeds', str(len(run)), *flags]
-    return ' && '.join(shlex.join(command(run)) for run in runs)
+        changes = changes | ({} if device == 'cpu' else dict(device=device))
+        call = ', '.join([repr(name), repr(f'experiments/{name}'), f'{seeds}', f'[{variant!r}]', *(f'{k}={v!r}' for k, v in changes.items())])
+        return f'python -c "from ssm_metarl.pipeline import run_experiment; run_experiment({call})"'
+    flags = [word for k, v in changes.items() for word in (f'--{k.replace("_", "-")}', str(v))]
+    flags += [] if device == 'cpu' else ['--device', device]
+    def command(first, count):
+        where = ['--first-seed', str(first)] if first else []
+        return shlex.join(['ssm-metarl', 'experiment', name, '--variants', variant, *where, '--seeds', str(count), *flags])
+    groups = itertools.groupby(enumerate(sorted(seeds)), lambda pair: pair[1] - pair[0])  # consecutive seeds
+    runs = [[seed for _, seed in group] for _, group in groups]
+    return ' && '.join(command(run[0], len(run)) for run in runs)
 
 # %% ../nbs/08_pipeline.ipynb #c0b0fc6a
 def table_row(
@@ -785,14 +807,16 @@ def table_row(
 ) -> dict: # plain values
     "What a table says of a variant: IQM and mean after each step, the gain, their intervals, and how to get it again."
     returns = np.array([row['returns_by_step'] for row in rows])  # [S, steps + 1, M]
-    gain, seeds = returns[:, -1] - returns[:, 0], [row['seed'] for row in rows]
+    variant, seeds, gain = rows[0]['variant'], [row['seed'] for row in rows], returns[:, -1] - returns[:, 0]
     made = [row.get('provenance', 'not recorded') for row in rows]
-    device = next((p['evaluation']['device'] for p in made if isinstance(p, dict) and 'evaluation' in p), 'cpu')
-    every = lambda key: [row.get(key) for row in rows]
-    return (dict(variant=rows[0]['variant'], seeds=seeds, tasks=returns.shape[-1], command=experiment_command(name, rows[0]['variant'], seeds, changes, device), interval_over=interval_over(len(rows)))
-            | with_intervals('iqm', returns, iqm) | with_intervals('mean', returns, np.mean) | with_intervals('gain', gain, np.mean)
-            | dict(hurt_rate=round(float((gain < 0).mean()), 4), references={k: round(float(np.mean([row['references'][k] for row in rows])), 3) for k in rows[0]['references']},
-                   checkpoints=every('checkpoint'), scores=every('scores'), training_s=every('training_s'), training_cpu_s=every('training_cpu_s'), provenance=made))
+    device = next((p['evaluation']['device'] for p in made if isinstance(p, dict)), 'cpu')
+    about = dict(variant=variant, seeds=seeds, tasks=returns.shape[-1], interval_over=interval_over(len(rows)),
+                 command=experiment_command(name, variant, seeds, changes, device))
+    measured = with_intervals('iqm', returns, iqm) | with_intervals('mean', returns, np.mean) | with_intervals('gain', gain, np.mean)
+    references = {k: rounded(np.mean([row['references'][k] for row in rows])) for k in rows[0]['references']}
+    rest = dict(checkpoints='checkpoint', scores='scores', training_s='training_s', training_cpu_s='training_cpu_s')
+    return (about | measured | dict(hurt_rate=round(float((gain < 0).mean()), 4), references=references)
+            | {k: [row.get(of) for row in rows] for k, of in rest.items()} | dict(provenance=made))
 
 
 def experiment_table(
@@ -818,8 +842,9 @@ def paired_differences(
         steps = min((len(runs[seed]) for runs in (mine, theirs) for seed in seeds), default=0)
         for step in range(steps):
             gap = np.array([mine[seed][step] - theirs[seed][step] for seed in seeds])  # [S, M]
-            differences.append(dict(first=first, variant=name, step=step, seeds=seeds, interval_over=interval_over(len(seeds)), mean=rounded(gap.mean()), by_seed=rounded(gap.mean(1)))
-                               | {k: rounded(v) for k, v in seed_intervals(gap, np.mean).items()})
+            about = dict(first=first, variant=name, step=step, seeds=seeds, interval_over=interval_over(len(seeds)))
+            intervals = {k: rounded(v) for k, v in seed_intervals(gap, np.mean).items()}
+            differences.append(about | dict(mean=rounded(gap.mean()), by_seed=rounded(gap.mean(1))) | intervals)
     return differences
 
 # %% ../nbs/08_pipeline.ipynb #080070
@@ -853,7 +878,7 @@ def run_experiment(
 ) -> dict: # experiment, version, config, variants, table of all that is there, differences, published
     "Run what is not yet there, seed by seed, and gather all that is. Raises ValueError for an unknown experiment or variant."
     if name not in EXPERIMENTS: raise ValueError(f'experiment={name!r} is not one of {", ".join(map(repr, EXPERIMENTS))}')
-    seeds, episodes, meta = [int(seed) for seed in seeds], None if episodes is None else int(episodes), {k: v.item() if isinstance(v, np.generic) else v for k, v in meta.items()}
+    seeds, episodes, meta = as_saved(list(seeds), 'seeds'), as_saved(episodes, 'episodes'), as_saved(meta, 'meta')  # NumPy's numbers, too
     experiment = EXPERIMENTS[name] if episodes is None else replace(EXPERIMENTS[name], episodes=episodes, **{k: min(episodes, getattr(EXPERIMENTS[name], k)) for k in ('validation', 'score_tasks')})
     def about(variant, seed):  # what a result depends on
         return json.loads(json.dumps(dict(variant=variant, seed=seed, version=__version__, config=asdict(experiment.variant(variant, seed, **meta)), episodes=experiment.episodes, validation=experiment.validation, score_tasks=experiment.score_tasks)))
@@ -890,18 +915,22 @@ def show_interval(
     return 'no interval' if None in bounds else f'[{bounds[0]:.2f}, {bounds[1]:.2f}]'
 
 
+def show_scores(ways):  # 'greedy' or 'sampled' -> score -> mean and standard error -> a line of text
+    text = lambda mean, error: f'{mean:.3f}' + ('' if error is None else f' ± {error:.3f}')
+    return ', '.join(f'{way} {what} {text(*value)}' for way, values in ways.items() for what, value in values.items())
+
+
 def experiment_lines(
     table: list, # of `run_experiment`
 ) -> list: # of lines
     "What an experiment found, for a terminal: each variant after 0, 1, ... steps with its intervals, and scores without gradient steps."
     lines = []
     for row in table:
-        lines.append(f'{row["variant"]:>12}: IQM after 0, 1, ... steps, 95 % interval over {row["interval_over"]}: ' + '  '.join(f'{x:.2f} {show_interval(ci)}' for x, ci in zip(row['iqm'], row['iqm_ci95'])))
+        name, values = f'{row["variant"]:>12}', [f'{x:.2f} {show_interval(ci)}' for x, ci in zip(row['iqm'], row['iqm_ci95'])]
+        lines.append(f'{name}: IQM after 0, 1, ... steps, 95 % interval over {row["interval_over"]}: ' + '  '.join(values))
         if len(row['seeds']) > 1: lines.append(' ' * 14 + 't-interval over seeds alone: ' + '  '.join(map(show_interval, row['iqm_t95'])))
         for seed, scores in zip(row['seeds'], row['scores']):
-            for split, ways in (scores or {}).items():
-                values = [(way, what, *value) for way, values in ways.items() for what, value in values.items()]
-                lines.append(f'{row["variant"]:>12}: seed {seed}, {split} tasks, without gradient steps: ' + ', '.join(f'{way} {what} {mean:.3f}' + (f' ± {error:.3f}' if error is not None else '') for way, what, mean, error in values))
+            lines += [f'{name}: seed {seed}, {split} tasks, without gradient steps: {show_scores(ways)}' for split, ways in (scores or {}).items()]
     return lines
 
 
@@ -931,7 +960,8 @@ class Train:
         changes = {k: v for k in ('outer_steps', 'tasks_per_batch') if (v := getattr(self, k)) is not None}
         usual, given = load_config(self.config).meta, self.experiment.meta
         for k, v in changes.items():
-            if getattr(given, k) not in (v, getattr(usual, k)): raise ValueError(f'--{k.replace("_", "-")} {v} and --meta.{k.replace("_", "-")} {getattr(given, k)} contradict each other; give one of them')
+            flag, other = k.replace('_', '-'), getattr(given, k)
+            if other not in (v, getattr(usual, k)): raise ValueError(f'--{flag} {v} and --meta.{flag} {other} contradict each other; give one of them')
         experiment = replace(self.experiment, meta=replace(self.experiment.meta, **changes))
         if experiment.adapt.lr != experiment.meta.inner_lr and experiment.learner not in ('joint', 'rl2'):
             print(f'note: this trains for steps of inner_lr={experiment.meta.inner_lr:g}, and will adapt with adapt.lr={experiment.adapt.lr:g}', file=sys.stderr)
@@ -1020,15 +1050,17 @@ def one_line(
     whole = ' '.join(' '.join(lines).split())
     parts = ' '.join('\n' if line and set(line) <= set('─-') else line for line in lines).split('\n')  # between rules
     if '╭' not in message: parts = parts[1:]  # the title
-    said = '; '.join(' '.join(part.split()) for part in parts if part.strip() and not part.strip().startswith(('For full', 'Argument helptext')))
+    parts = [' '.join(part.split()) for part in parts]
+    said = '; '.join(part for part in parts if part and not part.startswith(('For full', 'Argument helptext')))
     return (said or whole).replace('__tyro-dummy-inner__.', '').replace('Error parsing experiment.', 'Error parsing ')
 
 
 def plain_decimals(
     argv: list, # words of the command line
 ) -> list: # with -5e-1 written as -0.5
-    "Write negative numbers with exponents as decimals: Python's argparse, on which older versions of tyro build, takes them for flags."
-    return [np.format_float_positional(float(word), trim='-') if re.fullmatch(r'-[\d.]+e[-+]?\d+', word, re.I) else word for word in argv]
+    "Write negative numbers with exponents as decimals: argparse, on which older versions of tyro build, takes them for flags."
+    scientific = re.compile(r'-(\d+\.?\d*|\.\d+)e[-+]?\d+', re.I)
+    return [np.format_float_positional(float(word), trim='-') if scientific.fullmatch(word) else word for word in argv]
 
 
 def parse(
