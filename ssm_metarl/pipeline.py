@@ -156,6 +156,7 @@ class ExperimentConfig:
         for config in (self, self.meta, self.policy): check_fields(config)
         object.__setattr__(self, 'env_options', as_saved(self.env_options))
         if self.learner not in LEARNERS: raise ValueError(f'learner={self.learner!r} is not one of {", ".join(map(repr, LEARNERS))}')
+        LEARNERS[self.learner].check_config(self.meta)  # what it would ignore is refused
         self.env  # checks the other fields before
 
     @property

@@ -9,7 +9,9 @@ import torch
 
 from ssm_metarl import pipeline
 from ssm_metarl.envs import register_family
+from ssm_metarl.maml import MetaConfig
 from ssm_metarl.pipeline import EXPERIMENTS, AdaptConfig, ExperimentConfig, main, paired_differences, parse, provenance, run_experiment, to_json, train
+from ssm_metarl.policy import PolicyConfig
 
 SMALL = dict(episodes=3, outer_steps=2, progress=False)
 
@@ -243,3 +245,27 @@ def test_nested_options_of_a_file_pass_the_command_line(tmp_path, capsys, recwar
 def test_numpy_numbers_in_an_experiment(tmp_path):
     results = run_experiment('nav2d', tmp_path, np.arange(2), ['SSM'], episodes=np.int64(3), progress=False, outer_steps=TWO)
     assert results['table'][0]['seeds'] == [0, 1] and results['table'][0]['command'] == 'ssm-metarl experiment nav2d --variants SSM --seeds 2 --outer-steps 2 --episodes 3'
+
+
+@pytest.mark.parametrize('learner, ignored', [
+    ('joint', dict(inner_kl=.1)), ('joint', dict(first_order=True)), ('joint', dict(inner_steps=2)), ('joint', dict(head='log_std')), ('joint', dict(max_kl=.1)),
+    ('rl2', dict(inner_kl=.1)), ('rl2', dict(first_order=True)), ('rl2', dict(inner_steps=2)), ('rl2', dict(head='log_std')), ('rl2', dict(max_kl=.1)),
+    ('maml', dict(head='nonsense')), ('maml', dict(max_kl=.1)), ('maml', dict(outer='trpo', clip=.3)), ('maml', dict(outer='trpo', outer_epochs=5)), ('reptile', dict(clip=.3)), ('reptile', dict(entropy_coef=.1))])
+def test_settings_that_a_learner_ignores_are_refused(learner, ignored, capsys):
+    with pytest.raises(ValueError, match=next(iter(ignored.keys() - {'outer'}))) as error: replace(BASIC, learner=learner, meta=replace(BASIC.meta, **ignored))
+    assert '\n' not in str(error.value)
+    words = [word for k, v in ignored.items() for word in ([f'--meta.{k.replace("_", "-")}'] if v is True else [f'--meta.{k.replace("_", "-")}', str(v)])]
+    assert main(['train', '--learner', learner, *words]) == 2 and capsys.readouterr().err.count('\n') == 1
+
+
+@pytest.mark.parametrize('learner', ['joint', 'rl2'])
+def test_what_adaptation_uses_afterwards_stays_allowed(learner):
+    assert replace(BASIC, learner=learner, meta=replace(BASIC.meta, surrogate='dice')).meta.surrogate == 'dice'
+
+
+def test_numpy_numbers_in_every_config(tmp_path):
+    two, half = np.int64(2), np.float64(.5)
+    config = ExperimentConfig(seed=two, num_envs=two, time_limit=np.int64(5), meta=MetaConfig(outer_steps=np.int64(10), tasks_per_batch=two, inner_steps=two, outer_epochs=two, gamma=half, first_order=np.bool_(True)),
+                              adapt=AdaptConfig(steps=two, lr=half), policy=PolicyConfig(hidden_dim=np.int64(8), state_dim=np.int64(4), history=np.bool_(True)))
+    checkpoint = train(config, tmp_path, progress=False)['checkpoint']
+    assert pipeline.load_checkpoint(checkpoint)[0] == config and train(config, tmp_path, resume=True, progress=False)['outer_steps'] == 10
