@@ -60,7 +60,7 @@ def demo(python):
     low, high = after['improvement_ci95']
     print(f'\nReturn on 50 unseen tasks: {before["mean_return"]:.1f} before adaptation, {after["post_return"]:.1f} after 5 gradient steps '
           f'(doing nothing {after["nothing_return"]:.1f}, knowing the goal {after["oracle_return"]:.1f}).')
-    print(f'Gain from adaptation: {after["improvement"]:.1f}, 95 % interval {low:.1f} to {high:.1f}. Picture: {ROOT / folder / "adaptation.png"}')
+    print(f'Gain from adaptation: {after["improvement"]:.1f}, 95 % interval over goals, one training seed, {low:.1f} to {high:.1f}. Picture: {ROOT / folder / "adaptation.png"}')
 
 
 def main():
