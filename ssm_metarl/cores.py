@@ -275,6 +275,6 @@ def core_config(
 ) -> LayerConfig: # what `CORES[core]` is built from
     "Raises ValueError for an unknown core, for wrong sizes, and for an `init` that the core ignores."
     if core not in CORES: raise ValueError(f'core={core!r:.80} is not one of {", ".join(map(repr, CORES))}')
-    if CORES[core].config_class is not LayerConfig: return SSMConfig(input_dim, state_dim, output_dim, init)
+    if getattr(CORES[core], 'config_class', SSMConfig) is not LayerConfig: return SSMConfig(input_dim, state_dim, output_dim, init)
     if init != SSMConfig.init: raise ValueError(f'init={init!r:.80} has no effect on core={core!r}, which has no eigenvalues; leave it out')
     return LayerConfig(input_dim, state_dim, output_dim)

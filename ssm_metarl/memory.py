@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .ssm import SSM, Discretised, Persistent, SSMConfig, between, check_counts, drawn
-from .ssm import dynamic, eigenvalues, linear, plain_numbers, product, step_factors, to_modes
+from .ssm import dynamic, eigenvalues, linear, plain_numbers, product, step_factors
 
 # %% ../nbs/00a_memory.ipynb #9e680da7
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Selective(Discretised):
     def transition(self, u):
         dt = between(self.dt, u) * F.softplus(product(u, self.gate) + math.log(math.e - 1))  # [..., P]
         a, gain = step_factors(between(self.lam, u), dt, self.method)
-        return a, gain * to_modes(product(u, self.B), a)
+        return a, gain * self.modes(product(u, self.B))
 
 
 class SelectiveSSM(SSM):

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['LOOP_STEPS', 'INITS', 'REAL_INITS', 'DISCRETISATIONS', 'hippo_legs', 'phi1', 'check_reset', 'scan',
            'legs_eigenvalues', 'lru_eigenvalues', 's4d_eigenvalues', 'plain_numbers', 'LayerConfig', 'check_counts',
-           'SSMConfig', 'initial_modes', 'linear', 'product', 'between', 'dynamics_dtype', 'to_real', 'to_modes',
-           'Discretised', 'eigenvalues', 'dynamic', 'step_factors', 'discretise', 'initial_parameters', 'write_npz',
-           'read_npz', 'drawn', 'Persistent', 'SSM']
+           'SSMConfig', 'initial_modes', 'linear', 'product', 'between', 'dynamics_dtype', 'to_real', 'Discretised',
+           'eigenvalues', 'dynamic', 'step_factors', 'discretise', 'initial_parameters', 'write_npz', 'read_npz',
+           'drawn', 'Persistent', 'SSM']
 
 # %% ../nbs/00_ssm.ipynb #000003
 import json
@@ -359,15 +359,6 @@ def to_real(
     "A state as the real numbers that it consists of."
     return torch.view_as_real(h).flatten(-2) if h.is_complex() else h
 
-def to_modes(
-    x: Tensor, # real [..., 2P], real and imaginary parts interleaved; or [..., N]
-    like: Tensor, # modes: complex, or real
-) -> Tensor: # complex [..., P], or real [..., N]
-    "Modes from their real and imaginary parts: the inverse of `to_real`, in the precision of `like`."
-    if not like.is_complex(): return x.to(like.dtype)
-    x = x.to(torch.float64 if like.dtype == torch.complex128 else torch.float32)
-    return torch.view_as_complex(x.view(*x.shape[:-1], x.shape[-1] // 2, 2))
-
 # %% ../nbs/00_ssm.ipynb #000049
 class Discretised:
     "The discrete-time layer, computed once: h_t = A_bar h_{t-1} + B_bar u_t, y_t = 2 Re(C h_t) + D u_t (without the 2 Re for real modes)."
@@ -379,17 +370,22 @@ class Discretised:
                  D: Tensor, # [D, H], or [M, D, H]: transposed; its diagonal [H], or [M, H], if `diagonal`
                  diagonal: bool = False): # kind of D
         self.A_bar, self.W_in, self.W_out, self.D, self.diagonal = A_bar, W_in, W_out, D, diagonal
+        self.rounded = W_out.dtype in (torch.bfloat16, torch.float16)  # weights only: the dynamics are float32
 
     @property
     def B_bar(self) -> Tensor: # [P, D], or [M, P, D]
         "The discrete input matrix, complex unless the modes are real."
-        return to_modes(self.W_in, self.A_bar).mT
+        return self.modes(self.W_in).mT
+
+    def modes(self, x):  # real numbers as what they are the parts of, [..., P]
+        if self.rounded: x = x.float()
+        return torch.view_as_complex(x.view(*x.shape[:-1], x.shape[-1] // 2, 2)) if self.A_bar.is_complex() else x
 
     def drive(self, u):  # B_bar u, [..., P]
-        return to_modes(product(u, self.W_in), self.A_bar)
+        return self.modes(product(u, self.W_in))
 
     def readout(self, h, u):  # y, real [..., H]
-        h = to_real(h).to(self.W_out.dtype)
+        h = to_real(h).to(self.W_out.dtype) if self.rounded else to_real(h)
         if self.diagonal: return torch.addcmul(product(h, self.W_out), u, between(self.D, u))
         return product(h, self.W_out, product(u, self.D))
 
