@@ -119,7 +119,8 @@ def meta_steps(core, first_order, dtype=torch.float32, compiled=False):
         ours.optimizer.zero_grad()
         for m in range(20):
             row = slice(m, m + 1)
-            (one_task_loss(ours.policy, ours.params, ours.config, support.of_tasks(row), A[row], query.of_tasks(row), A_query[row], scale) / 20).backward()
+            share = query.mask[m].sum() / query.mask.sum()  # every step of the batch counts alike
+            (share * one_task_loss(ours.policy, ours.params, ours.config, support.of_tasks(row), A[row], query.of_tasks(row), A_query[row], scale)).backward()
         return [ours.params[k].grad for k in names]
     return stacked, loop
 
