@@ -10,9 +10,13 @@ OUTPUT_ONLY = re.compile(r'^#\|\s*echo:\s*false', re.M)
 
 
 def outputs_as_text(cell):
-    "Text that a code cell printed or returned, as one indented block."
-    texts = [o.get('text') or o.get('data', {}).get('text/plain', '') for o in cell.outputs]
-    return ''.join(f'    {line}\n' for text in texts for line in text.splitlines())
+    "What a code cell printed or returned: text as indented blocks, Markdown as it is."
+    shown = []
+    for output in cell.outputs:
+        data = output.get('data', {})
+        text = output.get('text') or data.get('text/plain', '')
+        shown.append(data.get('text/markdown') or '\n'.join(f'    {line}' for line in text.splitlines()))
+    return '\n\n'.join(shown)
 
 
 def cell_as_markdown(cell):
