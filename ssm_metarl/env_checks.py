@@ -14,7 +14,8 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from .envs import EnvBatch, EnvConfig, Family, TaskEnv
+from .batch import EnvBatch, TaskEnv
+from .envs import EnvConfig, Family
 
 # %% ../nbs/02a_own_env.ipynb #02a0012
 def play_on(

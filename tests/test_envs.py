@@ -20,8 +20,10 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from ssm_metarl.env_checks import check_family, check_vector_env, play_on
-from ssm_metarl.envs import (FAMILIES, SPLITS, BatchMember, EnvBatch, EnvConfig, Family, Luck, PointNavigation, ResetNeeded, TaskDistribution, TaskEnv, UnknownOption,
-                             checksum_split, play_actions, register_family, sample_tasks, splitmix64, stack_tasks, stream, uniform_numbers, unregister_family, unstack_tasks)
+from ssm_metarl.batch import (BatchMember, EnvBatch, Luck, ResetNeeded, TaskEnv, UnknownOption, play_actions,
+    splitmix64, stack_tasks, stream, uniform_numbers, unstack_tasks)
+from ssm_metarl.envs import (FAMILIES, SPLITS, EnvConfig, Family, PointNavigation, TaskDistribution,
+    checksum_split, register_family, sample_tasks, unregister_family)
 
 few = settings(max_examples=25, deadline=None, derandomize=True)
 
