@@ -210,7 +210,7 @@ def check_actions(
                         'check the policy that chose them')
 
 # %% ../nbs/02_batch.ipynb #02ba045
-def _check_options(options, known):  # of a reset: one that is misspelt must not be ignored in silence
+def _check_options(options, known):  # of a reset: a misspelt one must not be ignored
     unknown = set(options or {}) - {known}
     if not unknown: return
     names = ', '.join(map(repr, sorted(unknown)))
@@ -434,7 +434,7 @@ class EpisodeBatch(TaskBatch):
 
     def _begin(self, rows, tasks, noise): return self.family.reset(tasks, noise)
 
-    def _advance(self, actions):  # -> state, reward, terminated, truncated by another reason than time
+    def _advance(self, actions):  # -> state, reward, terminated, truncated (but not by time)
         noise = self.luck.step(self.t) if self.family.step_noise else self.no_noise
         return *self.family.step(self.state, actions, self.tasks, noise), np.False_
 
@@ -462,7 +462,7 @@ class EnvBatch(EpisodeBatch):
     "N environments of one family, each with its own task: a `gymnasium.vector.VectorEnv`."
 
     def __new__(cls, config=None, *args, **kwargs):
-        chosen = cls is EnvBatch and config and config.family.batch  # a family may bring its own kind
+        chosen = cls is EnvBatch and config and config.family.batch  # a family's own kind
         return super().__new__(chosen or cls)
 
     def __init__(self,
@@ -514,7 +514,7 @@ class EnvBatch(EpisodeBatch):
         if not np.shape(reward) == np.shape(terminated) == (self.num_envs,):
             raise ValueError(self._wrong_shapes(reward, terminated))
         self.t += 1
-        truncated = ((self.t >= self.config.time_limit) | truncated) > terminated  # and not terminated
+        truncated = ((self.t >= self.config.time_limit) | truncated) > terminated  # `>`: and not
         if self.restarts: return self._restart(state, reward, terminated, truncated)
         if np.count_nonzero(over := self.terminated | self.truncated):
             after = self._stand_still if self.freeze else self._begin_late
@@ -542,8 +542,8 @@ class EnvBatch(EpisodeBatch):
         self.t -= over
         reward = np.where(over, np.float32(0), reward)
         state = np.where(over.reshape(-1, *[1] * (state.ndim - 1)), self.state, state)
-        ends = (np.where(over, self.terminated, terminated), np.where(over, self.truncated, truncated))
-        return state, reward, *ends
+        terminated = np.where(over, self.terminated, terminated)
+        return state, reward, terminated, np.where(over, self.truncated, truncated)
 
 # %% ../nbs/02_batch.ipynb #02ba062
 def play_actions(

@@ -134,8 +134,8 @@ def make_known(
 ) -> None:
     "Enter a family into Gymnasium's own table, for `gymnasium.make` and `gymnasium.make_vec`."
     gym.registry.pop(name, None)
-    gym.register(name, entry_point=f'{__name__}:make_env', vector_entry_point=f'{__name__}:make_batch',
-                 kwargs={'env_name': name})
+    gym.register(name, entry_point=f'{__name__}:make_env',
+                 vector_entry_point=f'{__name__}:make_batch', kwargs={'env_name': name})
 
 # %% ../nbs/02_envs.ipynb #020032
 def _same_class(new, old):  # defined again, in a notebook or in the module made from it
@@ -149,11 +149,13 @@ def register_family(
     "Make a `Family` known to `EnvConfig` and Gymnasium. Raises ValueError for a taken name."
     def decorate(cls):
         if not issubclass(cls, Family):
-            raise TypeError(f'{cls.__name__} is not a subclass of Family; write class {cls.__name__}(Family)')
+            raise TypeError(f'{cls.__name__} is not a subclass of Family; '
+                            f'write class {cls.__name__}(Family)')
         old = FAMILIES.get(name)
         if isinstance(old, type) and not _same_class(cls, old):
-            raise ValueError(f'family {name!r} is registered already, by {old.__module__}.{old.__qualname__}; '
-                             f'choose another name, or call unregister_family({name!r}) first')
+            raise ValueError(f'family {name!r} is registered already, by {old.__module__}.'
+                             f'{old.__qualname__}; choose another name, or call '
+                             f'unregister_family({name!r}) first')
         make_known(name)
         FAMILIES[name] = cls
         return cls
@@ -193,12 +195,12 @@ class PointNavigation(Family):
     render_fps = 20
 
     def __init__(self,
-                 rotation: float = 0., # largest hidden angle by which actions are turned, in radians
+                 rotation: float = 0., # largest hidden angle that turns actions, in radians
                  gain: float = 0., # actions are scaled by 1 - gain to 1 + gain; below 1
                  bias: float = 0.): # largest hidden error of each coordinate that is seen
         if not (rotation >= 0 and 0 <= gain < 1 and bias >= 0):
-            raise ValueError(f'rotation={rotation}, gain={gain}, bias={bias}: none may be negative, '
-                             'and the gain must be below 1')
+            raise ValueError(f'rotation={rotation}, gain={gain}, bias={bias}: none may be '
+                             'negative, and the gain must be below 1')
         self.ranges = {'goal': ([-0.5] * 2, [0.5] * 2)}
         if rotation: self.ranges['rotation'] = (-rotation, rotation)
         if gain: self.ranges['gain'] = (1 - gain, 1 + gain)
@@ -218,17 +220,18 @@ class PointNavigation(Family):
 
     def picture(self, state, task, action):
         canvas = Canvas(400, 400, scale=160)
-        square = [(-.5, -.5), (.5, -.5), (.5, .5), (-.5, .5), (-.5, -.5)]  # where goals are drawn from
-        canvas.line(square, (187, 187, 187))
+        square = [(-.5, -.5), (.5, -.5), (.5, .5), (-.5, .5), (-.5, -.5)]
+        canvas.line(square, (187, 187, 187))  # where goals are drawn from
         canvas.disc((0, 0), .02, (120, 120, 120))  # the start
         green, white, blue = (0, 158, 115), (255, 255, 255), (0, 114, 178)
         for radius, colour in ((.05, green), (.035, white), (.02, green)):
             canvas.disc(task['goal'], radius, colour)
-        canvas.disc(np.clip(state, -1.22, 1.22), .03, blue)  # a point that has left stays at the edge
+        canvas.disc(np.clip(state, -1.22, 1.22), .03, blue)  # at the edge, if it has left
         return canvas.array()
 
 # %% ../nbs/02_envs.ipynb #020041
-SPLITS = {'train': range(0, 8), 'validation': range(8, 9), 'held_out': range(9, 10)}  # last decimals
+# split -> last decimals of the checksums of its tasks
+SPLITS = {'train': range(0, 8), 'validation': range(8, 9), 'held_out': range(9, 10)}
 
 
 def checksum_split(
@@ -273,7 +276,7 @@ class TaskDistribution:
                      step: int = 0, # outer step: another step, other tasks
                      start: int = 0, # index of the first task
                     ) -> list: # of n tasks, plain records
-        "Tasks `start` to `start + n - 1` of a split. Raises ValueError for another split or number."
+        "Tasks start to start + n - 1 of a split. Raises ValueError for another split or number."
         if split not in self.splits:
             raise ValueError(f'split={split!r} is not one of {", ".join(map(repr, self.splits))}')
         if not 1 <= n <= MAX_TASKS:
@@ -321,7 +324,8 @@ class EnvConfig:
     episodes_per_trial: int = 1 # episodes in a trajectory; the memory lasts from one to the next
 
     def __post_init__(self):
-        for f in fields(self): object.__setattr__(self, f.name, plain(getattr(self, f.name), f.name))
+        for f in fields(self):  # the class is frozen, hence `object`
+            object.__setattr__(self, f.name, plain(getattr(self, f.name), f.name))
         for name in ('num_envs', 'time_limit', 'episodes_per_trial'):
             value = getattr(self, name)
             if not _is_integer(value) or value < 1:
