@@ -506,7 +506,7 @@ class EnvBatch(EpisodeBatch):
 
     def step(self,
              actions: np.ndarray, # [N, A], or int [N]
-            ) -> tuple: # observations [N, O], rewards [N], terminated [N], truncated [N], info; new arrays
+            ) -> tuple: # new arrays: obs [N, O], reward, terminated, truncated [N]; info
         "One step of all. Raises ResetNeeded where a reset is due, InvalidAction for bad actions."
         self._check_ready()
         self.actions = check_actions(actions, self.single_action_space, self.num_envs)
