@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 # %% ../nbs/02_drawing.ipynb #02dr013
 class Canvas:
-    "A white picture to draw on in the units of a world; drawn larger and averaged, for smooth edges."
+    "A white picture to draw on, in the units of a world; drawn larger and averaged."
     finer: int = 3 # n: how much larger it is drawn
 
     def __init__(self,
