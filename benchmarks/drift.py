@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ssm_metarl.envs import EnvConfig, sample_tasks, stack_tasks
+from ssm_metarl.batch import stack_tasks
+from ssm_metarl.envs import EnvConfig, sample_tasks
 from ssm_metarl.monitors import FeatureMonitor, stream_batches
 from ssm_metarl.policy import PolicyConfig, SSMMetaPolicy
 from ssm_metarl.rollout import collect, policy_inputs

@@ -18,7 +18,8 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers import TimeLimit
 from paired import paired, write_rows
 
-from ssm_metarl.envs import EnvBatch, EnvConfig
+from ssm_metarl.batch import EnvBatch
+from ssm_metarl.envs import EnvConfig
 
 
 class Point(gym.Env):

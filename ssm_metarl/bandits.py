@@ -18,7 +18,8 @@ from gymnasium.vector import AutoresetMode
 from scipy.special import ndtri
 from scipy.stats import binom
 
-from .envs import EnvBatch, Family, check_rows, register_family, stream
+from .batch import EnvBatch, check_rows, stream
+from .envs import Family, register_family
 
 # %% ../nbs/02b_bandits.ipynb #02b0007
 @register_family('MetaBandit-v0')

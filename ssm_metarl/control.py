@@ -11,7 +11,8 @@ from gymnasium import spaces
 from scipy.special import ndtri
 
 from .drawing import Canvas
-from .envs import Family, check_rows, register_family
+from .batch import check_rows
+from .envs import Family, register_family
 
 # %% ../nbs/02c_control.ipynb #02c0013
 class Mechanism(Family):

@@ -9,9 +9,9 @@ __all__ = ['Canvas']
 import numpy as np
 from PIL import Image, ImageDraw
 
-# %% ../nbs/02_drawing.ipynb #02dr011
+# %% ../nbs/02_drawing.ipynb #02dr013
 class Canvas:
-    "A white picture to draw on in the units of a world, with smooth edges: drawn three times as large, and averaged."
+    "A white picture to draw on, in the units of a world; drawn larger and averaged."
     finer: int = 3 # n: how much larger it is drawn
 
     def __init__(self,
@@ -40,7 +40,8 @@ class Canvas:
              width: float = 1., # pixels
             ) -> None:
         "Draw a line through places."
-        self.draw.line(self._pixels(places), fill=colour, width=max(round(self.finer * width), 1), joint='curve')
+        thick = max(round(self.finer * width), 1)
+        self.draw.line(self._pixels(places), fill=colour, width=thick, joint='curve')
 
     def disc(self,
              place: np.ndarray, # of its middle, [2]

@@ -14,137 +14,229 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from .envs import EnvBatch, EnvConfig, Family, TaskEnv
+from .batch import EnvBatch, TaskEnv
+from .envs import EnvConfig, Family
 
-# %% ../nbs/02a_own_env.ipynb #02a0012
+# %% ../nbs/02a_own_env.ipynb #02a0015
 def play_on(
     env: VectorEnv, # N environments
     actions: np.ndarray, # [T, N, ...]
     seed = None, # of the reset
     spoil: bool = False, # overwrite each returned array, after it was copied
-) -> tuple: # observations [T + 1, N, ...], rewards [T, N], terminated [T, N], truncated [T, N]; copies
-    "Actions chosen beforehand, over as many episodes as it takes: where autoreset is disabled, what has finished is reset. (In mode NEXT_STEP the step after an end is not real.)"
+) -> tuple: # observations [T + 1, N, ...], rewards [T, N], terminated [T, N], truncated [T, N]
+    "Actions chosen beforehand. Where autoreset is disabled, what has finished is reset."
     def kept(*arrays):
         copies = [np.array(x) for x in arrays]
         if spoil: [x.fill(1) for x in arrays]
         return copies
+    by_hand = env.metadata['autoreset_mode'] == AutoresetMode.DISABLED
     obs, steps = kept(env.reset(seed=seed)[0]), []
     for a in actions:
         steps.append(kept(*env.step(a)[:4]))
         over = steps[-1][2] | steps[-1][3]
-        if env.metadata['autoreset_mode'] == AutoresetMode.DISABLED and over.any(): steps[-1][0], = kept(env.reset(options={'reset_mask': over})[0])
-    return np.stack(obs + [s[0] for s in steps]), *(np.stack([s[k] for s in steps]) for k in (1, 2, 3))
+        if by_hand and over.any():
+            steps[-1][0], = kept(env.reset(options={'reset_mask': over})[0])
+    later, *rest = (np.stack([step[k] for step in steps]) for k in range(4))
+    return np.concatenate([np.stack(obs), later]), *rest
 
-
+# %% ../nbs/02a_own_env.ipynb #02a0017
 def check_same(
     runs: tuple, # of arrays, as `play_on` gives them
     others: tuple, # the same, of another run
     what: str, # that should not have made a difference
 ) -> None:
-    "Raises ValueError that names the first environment and step where they differ by more than 1e-5."
+    "Raises ValueError that names the first place where they differ by more than 1e-5."
     for name, x, y in zip(('observations', 'rewards', 'terminated', 'truncated'), runs, others):
         bad = np.argwhere(~np.isclose(x, y, 1e-5, 1e-5, equal_nan=True))
-        if len(bad): raise ValueError(f'{name} of environment {bad[0][1]} change in step {bad[0][0]} {what}')
+        if not len(bad): continue
+        raise ValueError(f'{name} of environment {bad[0][1]} change in step {bad[0][0]} {what}')
 
-# %% ../nbs/02a_own_env.ipynb #02a0015
+# %% ../nbs/02a_own_env.ipynb #02a0021
+class _Record:  # of one run, for `check_returns`
+    def __init__(self, env):
+        self.env, self.mode = env, env.metadata.get('autoreset_mode')
+        self.kept = []  # (what was returned, a copy of it)
+        self.ends, self.alive = 0, 0  # ends of episodes; steps after these that ended none
+        self.fresh = np.zeros(env.num_envs, bool)  # whose last step ended an episode
+
+    def check(self, ok, text):
+        if not ok: raise ValueError(f'{type(self.env).__name__}: {text}')
+
+    def spaces(self):
+        env, N = self.env, self.env.num_envs
+        seen, chosen = env.single_observation_space, env.single_action_space
+        self.check(isinstance(self.mode, AutoresetMode), "metadata has no 'autoreset_mode'; "
+                   'it must be one of gymnasium.vector.AutoresetMode')
+        self.check(seen.shape is not None and chosen.shape is not None,
+                   'observations and actions must be single arrays; flatten them first')
+        self.check(env.observation_space == batch_space(seen, N)
+                   and env.action_space == batch_space(chosen, N),
+                   f'the spaces are not {N} times the single ones')
+
+    def observation(self, obs, text):
+        self.check(obs in self.env.observation_space,
+                   f'{text} of shape {np.shape(obs)} and dtype {getattr(obs, "dtype", None)} '
+                   f'are not in {self.env.observation_space}')
+        self.kept.append((obs, np.array(obs)))
+
+    def numbers(self, name, x, kind):  # kind: 'f' floats, 'b' bools
+        N = self.env.num_envs
+        good = isinstance(x, np.ndarray) and x.shape == (N,) and x.dtype.kind == kind
+        self.check(good, f'{name} are {x!r}; they must be an array of {N} '
+                   f'{"floats" if kind == "f" else "bools"}')
+        self.kept.append((x, x.copy()))
+
+    def rewards(self, reward, over):
+        infinite = np.flatnonzero(~np.isfinite(reward)).tolist()
+        self.check(not infinite, f'rewards of environments {infinite} are not finite')
+        if self.mode != AutoresetMode.NEXT_STEP: return
+        wrong = np.flatnonzero(self.fresh & (over | (reward != 0))).tolist()
+        self.check(not wrong, f'the step after an end gave environments {wrong} a reward or '
+                   'another end; in mode NEXT_STEP it only resets')
+
+    def count(self, over):
+        self.ends, self.alive = self.ends + over.sum(), self.alive + (self.fresh & ~over).sum()
+        self.fresh = over
+
+    def last_observations(self, info, over):  # of mode SAME_STEP
+        for name in ('final_obs', 'final_info'):
+            self.check(name in info and (info[f'_{name}'] == over).all(),
+                       f"episodes ended, and info has no '{name}' with the mask '_{name}' of those")
+        inside = [info['final_obs'][i] in self.env.single_observation_space
+                  for i in np.flatnonzero(over)]
+        self.check(all(inside), "'final_obs' is not in the observation space")
+        self.kept.append((info['final_obs'], copy.deepcopy(info['final_obs'])))
+
+    def end(self, steps):
+        self.check(self.ends, f'no episode ended in {steps} steps; give a shorter time limit, '
+                   'or check more steps')
+        self.check(self.alive, 'what was over is over again after the next step, each time: '
+                   'a reset starts no new episode (or episodes have one step; give a longer '
+                   'time limit)')
+        unchanged = all(a is b or np.array_equal(a, b, equal_nan=True)
+                        for x, before in self.kept for a, b in zip(x, before))
+        self.check(unchanged, 'an array that was returned is overwritten later; '
+                   'return a new one each time')
+
+# %% ../nbs/02a_own_env.ipynb #02a0022
 def check_returns(
     env: VectorEnv, # N environments
     actions: np.ndarray, # [T, N, ...]
 ) -> None:
-    "Raises ValueError if shapes, kinds or spaces of what a batch returns are not those of Gymnasium's vector interface, if an array changes later, or if no episode ends."
-    N, mode, kept, resets, alive = env.num_envs, env.metadata.get('autoreset_mode'), [], 0, 0
-    def one(ok, text):
-        if not ok: raise ValueError(f'{type(env).__name__}: {text}')
-    def seen(obs, text):
-        one(obs in env.observation_space, f'{text} of shape {np.shape(obs)} and dtype {getattr(obs, "dtype", None)} are not in {env.observation_space}')
-        kept.append((obs, np.array(obs)))
-    one(isinstance(mode, AutoresetMode), "metadata has no 'autoreset_mode'; it must be one of gymnasium.vector.AutoresetMode")
-    one(all(space.shape is not None for space in (env.single_observation_space, env.single_action_space)), 'observations and actions must be single arrays; flatten them first')
-    one(env.observation_space == batch_space(env.single_observation_space, N) and env.action_space == batch_space(env.single_action_space, N), f'the spaces are not {N} times the single ones')
+    "Raises ValueError if what a batch returns is not what Gymnasium's vector interface promises."
+    record = _Record(env)
+    record.spaces()
     obs, info = env.reset(seed=0)
-    seen(obs, 'first observations')
-    one(isinstance(info, dict), f'reset gave info {info!r}; it must be a dict')
-    fresh = np.zeros(N, bool)  # reset just now
+    record.observation(obs, 'first observations')
+    record.check(isinstance(info, dict), f'reset gave info {info!r}; it must be a dict')
     for a in actions:
         obs, reward, terminated, truncated, info = env.step(a)
-        seen(obs, 'observations')
-        for name, x, kind in (('rewards', reward, 'f'), ('terminated', terminated, 'b'), ('truncated', truncated, 'b')):
-            one(isinstance(x, np.ndarray) and x.shape == (N,) and x.dtype.kind == kind, f'{name} are {x!r}; they must be an array of {N} {"floats" if kind == "f" else "bools"}')
-            kept.append((x, x.copy()))
-        one(np.isfinite(reward).all(), f'rewards of environments {np.flatnonzero(~np.isfinite(reward)).tolist()} are not finite')
+        record.observation(obs, 'observations')
+        record.numbers('rewards', reward, 'f')
+        record.numbers('terminated', terminated, 'b')
+        record.numbers('truncated', truncated, 'b')
         over = terminated | truncated
-        if mode == AutoresetMode.NEXT_STEP: one(not (reward[fresh].any() or over[fresh].any()), f'the step after an end gave environments {np.flatnonzero(fresh & (over | (reward != 0))).tolist()} a reward or another end; in mode NEXT_STEP it only resets')
-        resets, alive, fresh = resets + over.sum(), alive + (fresh & ~over).sum(), over
-        if over.any() and mode == AutoresetMode.DISABLED: seen(env.reset(options={'reset_mask': over})[0], 'observations after a reset')
-        if over.any() and mode == AutoresetMode.SAME_STEP:
-            for name in ('final_obs', 'final_info'): one(name in info and (info[f'_{name}'] == over).all(), f"episodes ended, and info has no '{name}' with the mask '_{name}' of those")
-            one(all(info['final_obs'][i] in env.single_observation_space for i in np.flatnonzero(over)), "'final_obs' is not in the observation space")
-            kept.append((info['final_obs'], copy.deepcopy(info['final_obs'])))
-    one(resets, f'no episode ended in {len(actions)} steps; give a shorter time limit, or check more steps')
-    one(alive, 'what was over is over again after the next step, each time: a reset starts no new episode (or episodes have one step; give a longer time limit)')
-    one(all(a is b or np.array_equal(a, b, equal_nan=True) for x, before in kept for a, b in zip(x, before)), 'an array that was returned is overwritten later; return a new one each time')
+        record.rewards(reward, over)
+        record.count(over)
+        if over.any() and record.mode == AutoresetMode.DISABLED:
+            obs, _ = env.reset(options={'reset_mask': over})
+            record.observation(obs, 'observations after a reset')
+        if over.any() and record.mode == AutoresetMode.SAME_STEP:
+            record.last_observations(info, over)
+    record.end(len(actions))
 
-# %% ../nbs/02a_own_env.ipynb #02a0018
+# %% ../nbs/02a_own_env.ipynb #02a0025
 def check_partial_reset(
     env: VectorEnv, # N environments
     twin: VectorEnv, # the same
     actions: np.ndarray, # [T, N, ...]
 ) -> None:
     "Raises ValueError if a reset of environment 0 changes another one."
-    first = np.arange(env.num_envs) == 0
-    others = lambda *arrays: [np.where(first.reshape(-1, *[1] * (x.ndim - 1)), 0, x)[None] for x in arrays]  # without environment 0
+    what, first = 'when only another one is reset', np.arange(env.num_envs) == 0
+
+    def others(*arrays):  # without environment 0
+        return [np.where(first.reshape(-1, *[1] * (x.ndim - 1)), 0, x)[None] for x in arrays]
+
     for e in (env, twin): e.reset(seed=7)
     env.step(actions[0])
     before, _, terminated, truncated, _ = twin.step(actions[0])
-    ends = (terminated | truncated) & (env.metadata['autoreset_mode'] == AutoresetMode.DISABLED)  # these have to be reset
+    by_hand = env.metadata['autoreset_mode'] == AutoresetMode.DISABLED
+    ends = (terminated | truncated) & by_hand  # these have to be reset
     if ends.any(): before, _ = twin.reset(options={'reset_mask': ends})
-    check_same(others(env.reset(options={'reset_mask': first | ends})[0]), others(before), 'when only another one is reset')
+    check_same(others(env.reset(options={'reset_mask': first | ends})[0]), others(before), what)
     for a in actions[1:]:
         ours, theirs = env.step(a)[:4], twin.step(a)[:4]
-        check_same(others(*ours), others(*theirs), 'when only another one is reset')
+        check_same(others(*ours), others(*theirs), what)
         if any((x[2] | x[3]).any() for x in (ours, theirs)): return
+
+# %% ../nbs/02a_own_env.ipynb #02a0027
+def _check_promises(new, num_envs, steps):  # new: N -> a batch that somebody else closes
+    env = new(num_envs)
+    env.action_space.seed(0)
+    actions = np.stack([env.action_space.sample() for _ in range(steps)])
+    check_returns(env, actions)
+    run = play_on(env, actions, 7)
+    check_same(run, play_on(env, actions, 7), 'when the same seed is used again')
+    one, two, other = (env.reset(seed=seed)[0] for seed in (7, None, 8))
+    if not np.array_equal(one, two) and np.array_equal(one, other):
+        raise ValueError('episodes with seeds 7 and 8 begin the same way, though starts are '
+                         'random: the seed is not used')
+    for n in range(1, num_envs):
+        fewer = play_on(new(n), actions[:, :n], 7)
+        what = f'when there are {n} environments instead of {num_envs}'
+        check_same([x[:, :n] for x in run], fewer, what)
+    listed = play_on(new(num_envs), actions, [7 + i for i in range(num_envs)])
+    check_same(run, listed, 'when seeds are given as a list')
+    spoiled = play_on(new(num_envs), actions, 7, spoil=True)
+    check_same(run, spoiled, 'when the returned arrays are overwritten')
+    check_partial_reset(new(num_envs), new(num_envs), actions[:steps // 4])
 
 
 def check_vector_env(
-    make: Callable, # function: N -> VectorEnv of N environments, of which environment i is the same whatever N is
+    make: Callable, # function: N -> VectorEnv of N, of which environment i is the same whatever N
     num_envs: int = 3, # N
     steps: int = 60, # of random actions
 ) -> None:
-    "Raises ValueError if a batch breaks a promise: what it returns, seeds, independence of N and of returned arrays, partial resets."
+    "Raises ValueError if a batch breaks one of the promises above."
     if steps < 4: raise ValueError(f'steps={steps} is too few to see anything; take 4 or more')
     made = []
+
     def new(n):
         made.append(make(n))
         return made[-1]
-    try:
-        env = new(num_envs)
-        env.action_space.seed(0)
-        actions = np.stack([env.action_space.sample() for _ in range(steps)])
-        check_returns(env, actions)
-        run = play_on(env, actions, 7)
-        check_same(run, play_on(env, actions, 7), 'when the same seed is used again')
-        one, two, other = (env.reset(seed=seed)[0] for seed in (7, None, 8))
-        if not np.array_equal(one, two) and np.array_equal(one, other): raise ValueError('episodes with seeds 7 and 8 begin the same way, though starts are random: the seed is not used')
-        for n in range(1, num_envs): check_same([x[:, :n] for x in run], play_on(new(n), actions[:, :n], 7), f'when there are {n} environments instead of {num_envs}')
-        check_same(run, play_on(new(num_envs), actions, [7 + i for i in range(num_envs)]), 'when seeds are given as a list')
-        check_same(run, play_on(new(num_envs), actions, 7, spoil=True), 'when the returned arrays are overwritten')
-        check_partial_reset(new(num_envs), new(num_envs), actions[:steps // 4])
+
+    try: _check_promises(new, num_envs, steps)
     finally:
         for env in made: env.close()
 
-# %% ../nbs/02a_own_env.ipynb #02a0023
+# %% ../nbs/02a_own_env.ipynb #02a0033
 def check_pictures(
     env: EnvBatch, # N environments, with render_mode='rgb_array'
 ) -> None:
-    "Raises ValueError unless each environment has a picture, uint8 [height, width, 3], all of one size, at the start and after a step."
+    "Raises ValueError unless all have uint8 pictures [height, width, 3] of one size."
     env.reset(seed=0)
     size = np.shape(env.render()[0])
     for when in ('at the start', 'after a step'):
         for i, picture in enumerate(env.render()):
             got = f'{getattr(picture, "dtype", type(picture).__name__)} {np.shape(picture)}'
-            if got != f'uint8 {size}' or len(size) != 3 or size[2] != 3: raise ValueError(f'the picture of environment {i} {when} is {got}; pictures are uint8 (height, width, 3), all of one size')
+            if got == f'uint8 {size}' and len(size) == 3 and size[2] == 3: continue
+            raise ValueError(f'the picture of environment {i} {when} is {got}; '
+                             'pictures are uint8 (height, width, 3), all of one size')
         env.step(env.action_space.sample())
     env.close()
+
+# %% ../nbs/02a_own_env.ipynb #02a0034
+def _check_alone(config, make, mode, steps):  # -> the run of the batch, if singles agree with it
+    batch = make(config.num_envs)
+    singles = [lambda task=task: TaskEnv(config, task) for task in batch.get_tasks()]
+    batch.action_space.seed(0)
+    actions = np.stack([batch.action_space.sample() for _ in range(steps)])
+    run = play_on(batch, actions, seed=0)
+    alone = play_on(SyncVectorEnv(singles, autoreset_mode=mode), actions, seed=0)
+    check_same(run, alone, f'when it is played alone, in mode {mode.name}: '
+               'keep the rows of all arrays apart')
+    batch.close()
+    return run
 
 
 def check_family(
@@ -153,17 +245,13 @@ def check_family(
     steps: int = 60, # of random actions
     **options, # of the family
 ) -> None:
-    "Check a family's batch in all autoreset modes, against itself and against Gymnasium's loop over single environments. Raises ValueError for a broken promise."
+    "Check a family in all autoreset modes, and alone. Raises ValueError for a broken promise."
     config, runs = EnvConfig(env_name, num_envs, max(steps // 4, 2), options=options), {}
     for mode in AutoresetMode:
-        make = lambda n, mode=mode: EnvBatch(replace(config, num_envs=n), autoreset_mode=mode)
+        def make(n, mode=mode): return EnvBatch(replace(config, num_envs=n), autoreset_mode=mode)
         check_vector_env(make, num_envs, steps)
-        batch = make(num_envs)
-        singles = [lambda task=task: TaskEnv(config, task) for task in batch.get_tasks()]
-        batch.action_space.seed(0)
-        actions = np.stack([batch.action_space.sample() for _ in range(steps)])
-        runs[mode], alone = (play_on(env, actions, seed=0) for env in (batch, SyncVectorEnv(singles, autoreset_mode=mode)))
-        check_same(runs[mode], alone, f'when it is played alone, in mode {mode.name}: keep the rows of all arrays apart')
-        batch.close()
-    check_same(runs[AutoresetMode.DISABLED], runs[AutoresetMode.SAME_STEP], 'with the autoreset mode')
-    if type(config.family).picture is not Family.picture: check_pictures(EnvBatch(config, render_mode='rgb_array'))
+        runs[mode] = _check_alone(config, make, mode, steps)
+    by_hand, by_itself = runs[AutoresetMode.DISABLED], runs[AutoresetMode.SAME_STEP]
+    check_same(by_hand, by_itself, 'with the autoreset mode')
+    if type(config.family).picture is not Family.picture:
+        check_pictures(EnvBatch(config, render_mode='rgb_array'))

@@ -15,7 +15,8 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from scipy import stats
 
-from .envs import EnvBatch, EnvConfig, stack_tasks, stream
+from .batch import EnvBatch, stack_tasks, stream
+from .envs import EnvConfig
 from .policy import SSMMetaPolicy
 from .rollout import Trajectories, collect, env_seeds
 

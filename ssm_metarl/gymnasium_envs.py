@@ -16,7 +16,8 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
-from .envs import BatchMember, EnvBatch, EnvConfig, Family, register_family, splitmix64
+from .batch import BatchMember, EnvBatch, splitmix64
+from .envs import EnvConfig, Family, register_family
 
 # %% ../nbs/02d_gymnasium_envs.ipynb #02d0009
 class TaskWrapper(gym.Wrapper):

@@ -16,7 +16,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from .envs import stream
+from .batch import stream
 from .policy import entropy, kl_divergence
 
 # %% ../nbs/04c_monitors.ipynb #04c0007

@@ -51,7 +51,8 @@ from tqdm import tqdm
 
 import ssm_metarl
 from . import __version__
-from .adapter import AdaptationConfig, Adapter, MetaRLHook, create_adapter, make_strategy, per_task
+from .monitors import per_task
+from .adapter import AdaptationConfig, Adapter, MetaRLHook, create_adapter, make_strategy
 from .compiling import keep_memory
 from .envs import MAX_TASKS, EnvConfig, sample_tasks
 from .evaluation import compare, evaluate_returns, evaluation_trajectories, expected_returns, interval_over, iqm, reference_returns, seed_intervals

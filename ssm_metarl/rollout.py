@@ -18,7 +18,8 @@ from gymnasium.vector import AutoresetMode
 from torch import Tensor
 from torch.nn import functional as F
 
-from .envs import EnvBatch, EnvConfig, stream
+from .batch import EnvBatch, stream
+from .envs import EnvConfig
 from .policy import SSMMetaPolicy, action_log_prob, choose_action
 from .ssm import scan
 

@@ -15,8 +15,10 @@ from torch.linalg import vector_norm
 from torch.nn import functional as F
 
 from ssm_metarl import adapter as module
-from ssm_metarl.adapter import (OPTIMIZERS, AdaptationConfig, AdaptationStrategy, Memory, MetaRLHook, Moments, SSMHook, create_adapter, flatten, guard, keeps_promise,
-                                project, register_adaptation_strategy, round_towards, uncertainty)
+from ssm_metarl.monitors import Moments, uncertainty
+from ssm_metarl.guards import OPTIMIZERS, flatten, guard, keeps_promise, project, round_towards
+from ssm_metarl.adapter import (AdaptationConfig, AdaptationStrategy, Memory, MetaRLHook, SSMHook, create_adapter,
+    register_adaptation_strategy)
 from ssm_metarl.ssm import SSM, SSMConfig, write_npz
 
 torch.set_num_threads(1)

@@ -13,8 +13,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
 
-from ssm_metarl.adapter import (AdaptationConfig, Adapter, FeatureMonitor, MetaRLHook, SSMHook, create_adapter, distance_from, flatten, keeps_promise, predictions, softmax_entropy,
-                                task_mean, uncertainty)
+from ssm_metarl.monitors import (FeatureMonitor, distance_from, predictions, softmax_entropy, task_mean, uncertainty)
+from ssm_metarl.guards import flatten, keeps_promise
+from ssm_metarl.adapter import AdaptationConfig, Adapter, MetaRLHook, SSMHook, create_adapter
 
 torch.set_num_threads(1)
 g = torch.Generator().manual_seed(0)

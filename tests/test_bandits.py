@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from ssm_metarl.bandits import (Bandit, TabularMDP, backward_induction, bayes_optimal_value, dependent_regret, greedy_dependent, index_policy, index_table, play_bandit,
                                 play_plan, psrl, random_arm, regret, sample_mdp, thompson, thompson_dependent, total_reward, ucb1)
 from ssm_metarl.env_checks import check_family
-from ssm_metarl.envs import EnvBatch, EnvConfig, checksum_split, play_actions, sample_tasks, stream
+from ssm_metarl.batch import EnvBatch, play_actions, stream
+from ssm_metarl.envs import EnvConfig, checksum_split, sample_tasks
 
 few = settings(max_examples=25, deadline=None, derandomize=True)
 BANDIT, MDP = 'MetaBandit-v0', 'MetaTabularMDP-v0'

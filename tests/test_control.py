@@ -16,7 +16,8 @@ from scipy import stats
 
 from ssm_metarl.control import CartPole, Pendulum
 from ssm_metarl.env_checks import check_family
-from ssm_metarl.envs import SPLITS, EnvBatch, EnvConfig, TaskEnv, play_actions, sample_tasks, stream
+from ssm_metarl.batch import EnvBatch, TaskEnv, play_actions, stream
+from ssm_metarl.envs import SPLITS, EnvConfig, sample_tasks
 
 few = settings(max_examples=20, deadline=None, derandomize=True)
 

@@ -20,8 +20,10 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from ssm_metarl.env_checks import check_family, check_vector_env, play_on
-from ssm_metarl.envs import (FAMILIES, SPLITS, BatchMember, EnvBatch, EnvConfig, Family, Luck, PointNavigation, ResetNeeded, TaskDistribution, TaskEnv, UnknownOption,
-                             checksum_split, play_actions, register_family, sample_tasks, splitmix64, stack_tasks, stream, uniform_numbers, unregister_family, unstack_tasks)
+from ssm_metarl.batch import (BatchMember, EnvBatch, Luck, ResetNeeded, TaskEnv, UnknownOption, play_actions,
+    splitmix64, stack_tasks, stream, uniform_numbers, unstack_tasks)
+from ssm_metarl.envs import (FAMILIES, SPLITS, EnvConfig, Family, PointNavigation, TaskDistribution,
+    checksum_split, register_family, sample_tasks, unregister_family)
 
 few = settings(max_examples=25, deadline=None, derandomize=True)
 
@@ -712,6 +714,10 @@ class Defect(VectorEnv):
         return self._out(obs), reward, terminated, truncated, info
 
     def _out(self, obs):
+        if self.kind == 'shared':  # what a caller writes into the last array moves the environments
+            obs = obs + (0 if self.final is None else self.obs - self.final)
+            self.obs, self.final = obs, obs.copy()
+            return obs
         if self.kind == 'none': self.obs = obs
         if self.kind != 'reused': return obs
         self.obs += obs - self.obs  # the same array each time
@@ -721,7 +727,7 @@ class Defect(VectorEnv):
 @pytest.mark.parametrize('kind, message', [
     ('all', 'when only another one is reset'), ('none', 'a reset starts no new episode'), ('unseeded', 'when the same seed is used again'), ('seedless', 'the seed is not used'),
     ('list', 'when seeds are given as a list'), ('rows', 'when there are 1 environments instead of 3'), ('reward', 'rewards are array'), ('nan', r'rewards of environments \[0, 1, 2\] are not finite'),
-    ('dtype', 'observations of shape .* and dtype float64 are not in'), ('flags', 'terminated are array'), ('endless', 'no episode ended in 60 steps'), ('reused', 'overwritten'), ('final', 'overwritten')])
+    ('dtype', 'observations of shape .* and dtype float64 are not in'), ('flags', 'terminated are array'), ('endless', 'no episode ended in 60 steps'), ('reused', 'overwritten later'), ('final', 'overwritten later'), ('shared', 'when the returned arrays are overwritten')])
 def test_the_checker_finds_each_defect(kind, message):
     with pytest.raises(ValueError, match=message): check_vector_env(lambda n: Defect(n, kind))
 

@@ -10,7 +10,8 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 
 from ssm_metarl.env_checks import check_family
-from ssm_metarl.envs import EnvBatch, EnvConfig, play_actions, register_family, sample_tasks, unregister_family
+from ssm_metarl.batch import EnvBatch, play_actions
+from ssm_metarl.envs import EnvConfig, register_family, sample_tasks, unregister_family
 from ssm_metarl.evaluation import reference_returns
 from ssm_metarl.gymnasium_envs import MAX_WAITING, WAITING, GymnasiumBatch, GymnasiumFamily
 from ssm_metarl.policy import PolicyConfig, SSMMetaPolicy

@@ -14,7 +14,8 @@ from gymnasium.wrappers.vector import RecordEpisodeStatistics
 from gymnasium.wrappers.vector import RecordVideo as RecordVideos
 
 import ssm_metarl
-from ssm_metarl.envs import FAMILIES, EnvBatch, EnvConfig, UnknownOption
+from ssm_metarl.batch import EnvBatch, UnknownOption
+from ssm_metarl.envs import FAMILIES, EnvConfig
 
 every = pytest.mark.parametrize('name', [pytest.param(name, marks=pytest.mark.skipif('Cheetah' in name and not importlib.util.find_spec('mujoco'), reason='needs MuJoCo')) for name in FAMILIES if name.startswith('Meta')])
 drawn = pytest.mark.parametrize('name', ['MetaGymToy-v0', 'MetaCartPole-v0', 'MetaPendulum-v0'])
