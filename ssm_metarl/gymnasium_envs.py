@@ -10,6 +10,7 @@ __all__ = ['WAITING', 'MAX_WAITING', 'BIG', 'TaskWrapper', 'put_aside', 'Gymnasi
 import importlib
 import warnings
 import weakref
+from functools import reduce
 
 import gymnasium as gym
 import numpy as np
@@ -19,15 +20,16 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from .batch import BatchMember, EnvBatch, splitmix64
 from .envs import EnvConfig, Family, register_family
 
-# %% ../nbs/02d_gymnasium_envs.ipynb #02d0009
+# %% ../nbs/02d_gymnasium_envs.ipynb #02d0016
 class TaskWrapper(gym.Wrapper):
-    "One environment of a `GymnasiumFamily`: its task can be changed, and it stands still after its end."
+    "One environment of a `GymnasiumFamily`: takes tasks, and stands still after its end."
 
     def __init__(self,
                  env: gym.Env, # any environment
                  family: Family): # a `GymnasiumFamily`: knows what a task changes
         super().__init__(env)
-        self.family, self.current, self.last, self.ends = family, None, None, {}  # ends: of this episode, once it is over
+        self.family, self.current, self.last = family, None, None
+        self.ends = {}  # of this episode, once it is over
 
     @property
     def task(self) -> dict: # record
@@ -47,10 +49,12 @@ class TaskWrapper(gym.Wrapper):
     def step(self, action):
         if self.ends: return self.last, 0., False, False, self.ends
         self.last, reward, terminated, truncated, info = self.env.step(action)
-        if terminated or truncated: self.ends = {'terminated': bool(terminated), 'truncated': bool(truncated)}
-        return self.last, float(self.family.reward(float(reward), info, self.current)), False, False, self.ends
+        if terminated or truncated:
+            self.ends = {'terminated': bool(terminated), 'truncated': bool(truncated)}
+        reward = self.family.reward(float(reward), info, self.current)
+        return self.last, float(reward), False, False, self.ends
 
-# %% ../nbs/02d_gymnasium_envs.ipynb #02d0011
+# %% ../nbs/02d_gymnasium_envs.ipynb #02d0018
 WAITING = {}  # kind of batch -> environments of the last one that is gone
 MAX_WAITING = 4  # kinds, so that batches of ever new sizes do not fill the memory
 
@@ -58,33 +62,43 @@ MAX_WAITING = 4  # kinds, so that batches of ever new sizes do not fill the memo
 def put_aside(
     kind: tuple, # key of `WAITING`
     envs: gym.vector.VectorEnv, # environments that nobody needs for the moment
-    state: dict, # 'sound': whether all calls came back; 'changed': whether somebody set attributes by hand
+    state: dict, # 'sound': all calls came back; 'changed': attributes were set by hand
 ) -> None:
-    "Keep environments for the next batch of this kind; close those that waited before or for too long, and those that failed."
+    "Keep environments for the next batch of this kind; close old ones, and those that failed."
     unwanted = [WAITING.pop(kind)] if kind in WAITING else []
     if state['sound'] and not state['changed']: WAITING[kind] = envs
     else: unwanted.append(envs)
-    while len(WAITING) > MAX_WAITING: unwanted.append(WAITING.pop(next(iter(WAITING))))  # the one that waited longest
-    for old in unwanted: old.close(**({'terminate': True} if isinstance(old, AsyncVectorEnv) else {}))
+    while len(WAITING) > MAX_WAITING:
+        longest = next(iter(WAITING))  # a dict keeps the order of insertion
+        unwanted.append(WAITING.pop(longest))
+    for old in unwanted:
+        how = {'terminate': True} if isinstance(old, AsyncVectorEnv) else {}
+        old.close(**how)
 
-
+# %% ../nbs/02d_gymnasium_envs.ipynb #02d0020
 class GymnasiumBatch(EnvBatch):
-    "N environments of a `GymnasiumFamily`, in this process or in N others. Raises TypeError for another family."
+    "N environments of a `GymnasiumFamily`, in one process or in N. Raises TypeError for others."
 
     def __init__(self,
                  config: EnvConfig, # family, N = num_envs, time limit, seed
                  tasks: list = None, # N records; None: the first training tasks
                  autoreset_mode: AutoresetMode = AutoresetMode.DISABLED, # or SAME_STEP, NEXT_STEP
                  **how): # further arguments of `EnvBatch`, such as freeze=True
-        if not isinstance(config.family, GymnasiumFamily): raise TypeError(f'{config.env_name!r} is not a GymnasiumFamily; EnvBatch makes the right kind of batch by itself')
+        if not isinstance(config.family, GymnasiumFamily):
+            raise TypeError(f'{config.env_name!r} is not a GymnasiumFamily; '
+                            'EnvBatch makes the right kind of batch by itself')
         self.changed = np.zeros(config.num_envs, bool)  # whose task is not yet in its environment
         super().__init__(config, tasks, autoreset_mode, **how)
-        kind = type(self.family), self.family.made_of, repr(sorted(config.options.items())), self.num_envs, self.render_mode
         self.calls, self.family.render_mode = {'sound': True, 'changed': False}, self.render_mode
-        make = AsyncVectorEnv if self.family.parallel else SyncVectorEnv
-        self.envs = WAITING.pop(kind, None) or make([self.family.make_env] * self.num_envs, autoreset_mode=AutoresetMode.DISABLED)
+        options = repr(sorted(config.options.items()))
+        kind = type(self.family), self.family.made_of, options, self.num_envs, self.render_mode
+        self.envs = WAITING.pop(kind, None) or self._make()
         self.leave = weakref.finalize(self, put_aside, kind, self.envs, self.calls)
         self.leave.atexit = False
+
+    def _make(self):
+        vector = AsyncVectorEnv if self.family.parallel else SyncVectorEnv
+        return vector([self.family.make_env] * self.num_envs, autoreset_mode=AutoresetMode.DISABLED)
 
     def set_tasks(self, tasks: list, mask: np.ndarray = None) -> None:
         "Give environments their tasks, see `EnvBatch`."
@@ -100,10 +114,11 @@ class GymnasiumBatch(EnvBatch):
     def _begin(self, rows, tasks, noise):
         mask = np.isin(np.arange(self.num_envs), rows)
         if (new := self.changed & mask).any():
-            self._call('set_attr', 'task', [task if now else None for task, now in zip(self.get_tasks(), new)])
+            given = [task if now else None for task, now in zip(self.get_tasks(), new)]
+            self._call('set_attr', 'task', given)
             self.changed &= ~new
         seeds = [None] * self.num_envs
-        small = splitmix64(self.luck.x[rows]) >> np.uint64(33)  # below 2^31, as old generators need it
+        small = splitmix64(self.luck.x[rows]) >> np.uint64(33)  # below 2^31, for old generators
         for i, seed in zip(rows, small): seeds[i] = int(seed)
         obs, _ = self._call('reset', seed=seeds, options={'reset_mask': mask})
         return self.family.encode(obs[rows])
@@ -117,13 +132,13 @@ class GymnasiumBatch(EnvBatch):
     def __del__(self): pass  # Gymnasium 1.1 closes here; our environments wait
 
     def call(self, name: str, *args, **kwargs) -> tuple: # N results
-        "Call a method of each environment, or get an attribute: ours (see `BatchMember`), or else one of the Gymnasium environment."
+        "Call a method, or get an attribute: ours (see `BatchMember`), or else Gymnasium's."
         if name in BatchMember.names(): return super().call(name, *args, **kwargs)
         self._check_open()
         return self._call('call', name, *args, **kwargs)
 
     def set_attr(self, name: str, values) -> None: # a list of N, or one value for all
-        "Set `task`, or an attribute of the Gymnasium environments; these then serve no other batch."
+        "Set `task`, or an attribute of the environments; these then serve no other batch."
         if name == 'task': return super().set_attr(name, values)
         self._check_open()
         self.calls['changed'] = True
@@ -137,7 +152,7 @@ class GymnasiumBatch(EnvBatch):
         self.leave.detach()
         self.envs.close(**kwargs)
 
-# %% ../nbs/02d_gymnasium_envs.ipynb #02d0040
+# %% ../nbs/02d_gymnasium_envs.ipynb #02d0022
 def obstacle(
     space: spaces.Space, # of observations
     name: str = 'observation', # what it is called
@@ -153,7 +168,7 @@ def obstacle(
     if not parts: return f'{name} is the empty {space}'
     return next(filter(None, (obstacle(part, name) for name, part in parts.items())), None)
 
-# %% ../nbs/02d_gymnasium_envs.ipynb #02d0042
+# %% ../nbs/02d_gymnasium_envs.ipynb #02d0025
 BIG = 1000  # we warn before flattening an array with more numbers than this
 
 
@@ -163,10 +178,12 @@ def big_arrays(
     "Arrays of two or more dimensions with more than `BIG` numbers: images, most likely."
     if isinstance(space, spaces.Dict): parts = space.values()
     elif isinstance(space, (spaces.Tuple, spaces.OneOf)): parts = space.spaces
-    else: return [space.shape] if len(space.shape or ()) > 1 and np.prod(space.shape) > BIG else []
+    else:
+        shape = space.shape or ()
+        return [space.shape] if len(shape) > 1 and np.prod(shape) > BIG else []
     return [shape for part in parts for shape in big_arrays(part)]
 
-# %% ../nbs/02d_gymnasium_envs.ipynb #02d0044
+# %% ../nbs/02d_gymnasium_envs.ipynb #02d0026
 def one_hot(
     x: np.ndarray, # int [n], from 0 to size - 1
     size: int, # how many values there are
@@ -176,91 +193,64 @@ def one_hot(
     rows[np.arange(len(x)), x] = 1
     return rows
 
-# %% ../nbs/02d_gymnasium_envs.ipynb #02d0013
+# %% ../nbs/02d_gymnasium_envs.ipynb #02d0029
+def _check_settings(family, parallel):
+    name = type(family).__name__
+    if not isinstance(family.env_id, str):
+        raise ValueError(f"{name}: env_id={family.env_id!r} is not a Gymnasium id; "
+                         "write, say, env_id = 'CartPole-v1'")
+    if not isinstance(parallel, (bool, np.bool_)):
+        raise ValueError(f'{name}: parallel={parallel!r} is not True or False')
+    for field in ('make_options', 'attributes'):
+        if not isinstance(value := getattr(family, field), dict):
+            raise ValueError(f'{name}: {field}={value!r} is not a dict of names and values')
+
+
+def _warn_of_images(env_id, space):
+    for shape in big_arrays(space):
+        n = np.prod(shape)
+        warnings.warn(
+            f'{env_id}: an array of shape {shape} becomes a vector of {n:,} numbers; the encoder '
+            f'has {n:,} weights for each unit and task, a step of a rollout keeps '
+            f'{4 * n / 1e3:,.0f} kB, and no layer sees a picture; make it smaller in plain_env, '
+            'say with gymnasium.wrappers.ResizeObservation', stacklevel=2)
+
+# %% ../nbs/02d_gymnasium_envs.ipynb #02d0030
 class GymnasiumFamily(Family):
-    "A family made of a Gymnasium environment: subclass it, with `env_id`, `ranges` and `attributes`. Raises ValueError for a field without attribute, or a space that cannot be used."
+    "A family made of a Gymnasium environment. Raises ValueError for a space it cannot use."
     env_id: str = None # of the environment, such as 'CartPole-v1'
     make_options: dict = {} # further arguments of `gymnasium.make`
-    attributes: dict = {} # task field -> path of the attribute that it sets, such as 'unwrapped.length'
+    attributes: dict = {} # task field -> path of an attribute, such as 'unwrapped.length'
     render_mode: str = None # of its environments; a batch sets it
     batch = GymnasiumBatch
 
     def __init__(self,
                  parallel: bool = False): # a process for each environment, instead of one for all
-        self.check_settings(parallel)
+        _check_settings(self, parallel)
         chosen = {'env_id': self.env_id, 'make_options': self.make_options} | vars(self)
-        self.made_of, self.parallel = repr(sorted(chosen.items())), parallel  # what decides which environment it is
+        self.made_of = repr(sorted(chosen.items()))  # what decides which environment it is
+        self.parallel = parallel
         found = vars(type(self)).get('found_spaces', {})
         if self.made_of not in found:  # once: making an environment takes long
             type(self).found_spaces = found | {self.made_of: self.find_spaces()}
-        self.observation_space, self.action_space, self.render_fps, self.one_hot_from = self.found_spaces[self.made_of]
-
-    def check_settings(self, parallel):
-        name = type(self).__name__
-        if not isinstance(self.env_id, str):
-            raise ValueError(f"{name}: env_id={self.env_id!r} is not a Gymnasium id; write, say, env_id = 'CartPole-v1'")
-        if not isinstance(parallel, (bool, np.bool_)):
-            raise ValueError(f'{name}: parallel={parallel!r} is not True or False')
-        for field in ('make_options', 'attributes'):
-            if not isinstance(value := getattr(self, field), dict):
-                raise ValueError(f'{name}: {field}={value!r} is not a dict of names and values')
-
-    def find_spaces(self) -> tuple: # of observations; of actions; pictures per second; lowest number to be one-hot, or None
-        "Spaces of one environment, with observations in float32. Warns of images."
-        env = self.make_env()
-        space, actions, about = env.observation_space, env.action_space, env.metadata
-        fps = about.get('render_fps', 30) if 'rgb_array' in about.get('render_modes', []) else 0
-        flattened = isinstance(env.env, gym.wrappers.FlattenObservation)
-        if flattened: self.warn_of_images(env.env.env.observation_space)
-        env.close()
-        if not isinstance(actions, (spaces.Discrete, spaces.Box)): raise ValueError(f'{self.env_id} has actions in {actions}; only Discrete and Box are possible')
-        if isinstance(space, spaces.Discrete):
-            return spaces.Box(0, 1, (int(space.n),), np.float32), actions, fps, int(space.start)
-        with np.errstate(over='ignore'): low, high = space.low.astype(np.float32), space.high.astype(np.float32)
-        return spaces.Box(low, high, dtype=np.float32), actions, fps, None
-
-    def warn_of_images(self, space):
-        for shape in big_arrays(space):
-            n = np.prod(shape)
-            warnings.warn(
-                f'{self.env_id}: an array of shape {shape} becomes a vector of {n:,} numbers; the encoder has '
-                f'{n:,} weights for each unit and task, a step of a rollout keeps {4 * n / 1e3:,.0f} kB, and no layer sees '
-                'a picture; make it smaller in plain_env, say with gymnasium.wrappers.ResizeObservation', stacklevel=2)
-
-    def encode(self,
-               obs: np.ndarray, # of many environments, [n, O], or int [n]
-              ) -> np.ndarray: # float32 [n, O]
-        "What a policy sees."
-        if self.one_hot_from is None: return obs.astype(np.float32)
-        return one_hot(obs - self.one_hot_from, self.observation_space.shape[0])
-
-    def plain_env(self) -> gym.Env:
-        "The environment as its authors made it. Override this to wrap it."
-        options = self.make_options | ({'render_mode': self.render_mode} if self.render_mode else {})
-        return gym.make(self.env_id, max_episode_steps=-1, disable_env_checker=True, **options)
-
-    def make_env(self) -> gym.Env:
-        "One environment, which shows vectors, or numbers that are to be one-hot. Raises ValueError if it can show neither."
-        env = self.plain_env()
-        space = env.observation_space
-        if why := obstacle(space):
-            raise ValueError(f'{self.env_id}: {why[:160]}, and that is no vector of numbers; override plain_env with a wrapper '
-                             'that leaves it out or encodes it, such as gymnasium.wrappers.FilterObservation')
-        ready = isinstance(space, spaces.Discrete) or isinstance(space, spaces.Box) and len(space.shape) == 1
-        return TaskWrapper(env if ready else gym.wrappers.FlattenObservation(env), self)
+        found = self.found_spaces[self.made_of]
+        self.observation_space, self.action_space, self.render_fps, self.one_hot_from = found
 
     def apply(self,
               env: gym.Env, # one environment
               task: dict, # record
              ) -> None:
         "Change an environment to a task: set the attributes."
-        if missing := task.keys() - self.attributes.keys(): raise ValueError(f'{type(self).__name__}: no attribute for {sorted(missing)}; name it in attributes, or override apply')
-        for name, path in self.attributes.items():
+        name = type(self).__name__
+        if missing := task.keys() - self.attributes.keys():
+            raise ValueError(f'{name}: no attribute for {sorted(missing)}; '
+                             'name it in attributes, or override apply')
+        for field, path in self.attributes.items():
             *owners, last = path.split('.')
-            owner = env
-            for part in owners: owner = getattr(owner, part)
-            if not hasattr(owner, last): raise ValueError(f'{type(self).__name__}: {self.env_id} has no attribute {path!r} for {name!r}')
-            setattr(owner, last, float(task[name]) if np.ndim(task[name]) == 0 else np.asarray(task[name], float))
+            owner, value = reduce(getattr, owners, env), task[field]
+            if not hasattr(owner, last):
+                raise ValueError(f'{name}: {self.env_id} has no attribute {path!r} for {field!r}')
+            setattr(owner, last, float(value) if np.ndim(value) == 0 else np.asarray(value, float))
 
     def reward(self,
                reward: float, # of the environment
@@ -270,49 +260,107 @@ class GymnasiumFamily(Family):
         "Reward of a step."
         return reward
 
+    def plain_env(self) -> gym.Env:
+        "The environment as its authors made it. Override this to wrap it."
+        mode = {'render_mode': self.render_mode} if self.render_mode else {}
+        options = self.make_options | mode
+        return gym.make(self.env_id, max_episode_steps=-1, disable_env_checker=True, **options)
+
+    def make_env(self) -> gym.Env:
+        "One environment, which shows vectors or numbers. Raises ValueError if it can show neither."
+        env = self.plain_env()
+        space = env.observation_space
+        if why := obstacle(space):
+            raise ValueError(f'{self.env_id}: {why[:160]}, and that is no vector of numbers; '
+                             'override plain_env with a wrapper that leaves it out or encodes it, '
+                             'such as gymnasium.wrappers.FilterObservation')
+        vector = isinstance(space, spaces.Box) and len(space.shape) == 1
+        ready = isinstance(space, spaces.Discrete) or vector
+        return TaskWrapper(env if ready else gym.wrappers.FlattenObservation(env), self)
+
+    def find_spaces(self) -> tuple: # see below
+        "Spaces of observations and actions, pictures per second, lowest number to be one-hot."
+        env = self.make_env()
+        space, actions, about = env.observation_space, env.action_space, env.metadata
+        fps = about.get('render_fps', 30) if 'rgb_array' in about.get('render_modes', []) else 0
+        if isinstance(env.env, gym.wrappers.FlattenObservation):
+            _warn_of_images(self.env_id, env.env.env.observation_space)
+        env.close()
+        if not isinstance(actions, (spaces.Discrete, spaces.Box)):
+            raise ValueError(f'{self.env_id} has actions in {actions}; '
+                             'only Discrete and Box are possible')
+        if isinstance(space, spaces.Discrete):
+            return spaces.Box(0, 1, (int(space.n),), np.float32), actions, fps, int(space.start)
+        with np.errstate(over='ignore'):
+            low, high = space.low.astype(np.float32), space.high.astype(np.float32)
+        return spaces.Box(low, high, dtype=np.float32), actions, fps, None
+
+    def encode(self,
+               obs: np.ndarray, # of many environments, [n, O], or int [n]
+              ) -> np.ndarray: # float32 [n, O]
+        "What a policy sees."
+        if self.one_hot_from is None: return obs.astype(np.float32)
+        return one_hot(obs - self.one_hot_from, self.observation_space.shape[0])
+
     def observe(self, state, tasks): return state
     def nothing(self, state, tasks):
-        if not isinstance(self.action_space, spaces.Box): raise NotImplementedError(f'{self.env_id} has no neutral action')
-        nearest = np.clip(0, self.action_space.low, self.action_space.high).astype(self.action_space.dtype)
+        if not isinstance(self.action_space, spaces.Box):
+            raise NotImplementedError(f'{self.env_id} has no neutral action')
+        bounds = self.action_space.low, self.action_space.high
+        nearest = np.clip(0, *bounds).astype(self.action_space.dtype)
         return np.repeat(nearest[None], len(state), 0)
 
-# %% ../nbs/02d_gymnasium_envs.ipynb #02d0027
+# %% ../nbs/02d_gymnasium_envs.ipynb #02d0045
 class HalfCheetah(GymnasiumFamily):
     "MuJoCo's half-cheetah, which `gymnasium[mujoco]` brings (the extra `mujoco` of this library)."
     env_id, make_options = 'HalfCheetah-v5', {'ctrl_cost_weight': 0.05}
     own_ranges: dict # of the fields that define the reward
 
     def __init__(self,
-                 mass: float = 0., # all masses are multiplied by a hidden factor between 1 - mass and 1 + mass; below 1
+                 mass: float = 0., # masses get a hidden factor from 1 - mass to 1 + mass; below 1
                  parallel: bool = False): # a process for each environment, instead of one for all
         if not 0 <= mass < 1: raise ValueError(f'mass={mass} is not in [0, 1)')
         try: super().__init__(parallel)
-        except gym.error.DependencyNotInstalled: raise ImportError("the half-cheetah needs MuJoCo; install it with pip install 'ssm-metarl[mujoco]'") from None
+        except gym.error.DependencyNotInstalled:
+            raise ImportError("the half-cheetah needs MuJoCo; "
+                              "install it with pip install 'ssm-metarl[mujoco]'") from None
         self.ranges = self.own_ranges | ({'mass': (1 - mass, 1 + mass)} if mass else {})
 
     def apply(self, env, task):
-        inner = env.unwrapped
-        if not hasattr(inner, 'original'): inner.original = inner.model.body_mass.copy(), inner.model.body_inertia.copy()
-        for values, original in zip((inner.model.body_mass, inner.model.body_inertia), inner.original): values[:] = original * float(task.get('mass', 1))
-        importlib.import_module('mujoco').mj_setConst(inner.model, inner.data)  # what MuJoCo derives from the masses
+        inner, factor = env.unwrapped, float(task.get('mass', 1))
+        model = inner.model
+        if not hasattr(inner, 'original'):
+            inner.original = model.body_mass.copy(), model.body_inertia.copy()
+        mass, inertia = inner.original
+        model.body_mass[:] = mass * factor
+        model.body_inertia[:] = inertia * factor
+        importlib.import_module('mujoco').mj_setConst(model, inner.data)  # what follows from masses
 
-
+# %% ../nbs/02d_gymnasium_envs.ipynb #02d0046
 @register_family('MetaHalfCheetahVel-v0')
 class HalfCheetahVel(HalfCheetah):
     "Run at a hidden velocity (Finn et al., ICML 2017)."
     own_ranges, ood_splits = {'velocity': (0, 2)}, {'fast': {'velocity': (2.5, 4)}}
-    def reward(self, reward, info, task): return info['reward_ctrl'] - abs(info['x_velocity'] - task['velocity'])
 
+    def reward(self, reward, info, task):
+        return info['reward_ctrl'] - abs(info['x_velocity'] - task['velocity'])
 
+# %% ../nbs/02d_gymnasium_envs.ipynb #02d0048
 @register_family('MetaHalfCheetahDir-v0')
 class HalfCheetahDir(HalfCheetah):
-    "Run forward or backward, which is hidden (Finn et al., ICML 2017). Only two tasks, so none is held out, unless masses differ too."
+    "Run forward or backward, which is hidden (Finn et al., ICML 2017). Only masses are held out."
     own_ranges = {'direction': (-1, 1)}
+
     def __init__(self, mass: float = 0., parallel: bool = False):
         super().__init__(mass, parallel)
         self.holds_out = mass > 0
-    def in_distribution(self, task): return super().in_distribution(task) and abs(task['direction']) == 1
+
+    def in_distribution(self, task):
+        return super().in_distribution(task) and abs(task['direction']) == 1
+
     def draw_task(self, rng):
         task = super().draw_task(rng)
         return task | {'direction': np.float32(1 if task['direction'] > 0 else -1)}
-    def reward(self, reward, info, task): return info['reward_ctrl'] + task['direction'] * info['x_velocity']
+
+    def reward(self, reward, info, task):
+        return info['reward_ctrl'] + task['direction'] * info['x_velocity']

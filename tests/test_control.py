@@ -339,3 +339,88 @@ def test_the_oracle_swings_up_every_pendulum():
         env.reset()
         for _ in range(200): env.step(env.family.oracle(env.state, env.tasks))
         assert np.mean(np.abs(env.state[:, 0]) < .1) >= share
+
+
+def energies(dt, friction, seconds=4, N=50):
+    "Energies of free pendulums [T, N], and what friction took [N], from starts from which the limit of 8 rad/s is not met."
+    family, rng = exact('MetaPendulum-v0'), stream(0, 'energy')
+    family.dt = dt
+    tasks = family.prepare(exact_tasks('MetaPendulum-v0', N, 0) | {'friction': np.full(N, friction)})
+    state, energy, taken = np.stack([rng.uniform(1.5, 2.5, N), np.zeros(N)], 1), [], 0
+    for _ in range(round(seconds / dt)):
+        energy.append(state[:, 1]**2 / 2 + tasks['pull'] * (np.cos(state[:, 0]) - 1))
+        taken = taken + dt * tasks['drag'] * state[:, 1]**2
+        state = family.step(state, np.zeros((N, 1)), tasks, None)[0]
+        assert np.abs(state[:, 1]).max() < 8
+    return np.array(energy), taken
+
+
+def test_energy_of_a_free_pendulum():
+    "It stays, up to an error of first order in the time step; friction takes what it should."
+    drift = {}
+    for dt in (.05, .005, .0005):
+        energy, _ = energies(dt, 0.)
+        drift[dt] = np.abs(energy - energy[0]).max()
+    for dt in (.05, .005): assert 8 < drift[dt] / drift[dt / 10] < 12
+    energy, taken = energies(.0005, .1)
+    np.testing.assert_allclose(energy[0] - energy[-1], taken, atol=.03)
+    assert taken.min() > 10 * .03
+
+
+def test_the_pendulum_is_held_with_the_double_eigenvalue():
+    "Around the top, by differences of one short step: the trace is -2 lambda, the determinant lambda squared."
+    h, family = 1e-4, exact('MetaPendulum-v0')
+    family.dt = h
+    tasks = family.prepare(exact_tasks('MetaPendulum-v0', 20, 1))
+    def slope(state): return (family.step(state, family.oracle(state, tasks), tasks, None)[0] - state) / h
+    columns = [(slope(np.tile(h * e, (20, 1))) - slope(np.tile(-h * e, (20, 1)))) / (2 * h) for e in np.eye(2)]
+    matrices = np.stack(columns, -1)
+    np.testing.assert_allclose(np.trace(matrices, axis1=1, axis2=2), -2 * tasks['pull']**.5, atol=5e-3)
+    np.testing.assert_allclose(np.linalg.det(matrices), tasks['pull'], atol=1e-4)
+
+
+def episode_lengths(env, N, seed, T=150):
+    env.action_space.seed(seed)
+    start, _ = env.reset(seed=1)
+    alive, length = np.ones(N, bool), np.zeros(N)
+    for _ in range(T):
+        length += alive
+        alive &= ~env.step(env.action_space.sample())[2]
+    return start, length
+
+
+def test_episodes_of_random_actions_are_as_long_as_gymnasiums():
+    "In distribution. Actions need another seed than starts: with one seed for both, Gymnasium makes them from the same random numbers, and episodes come out longer."
+    n, task = 10_000, CartPole().default_task()
+    theirs = gym.make_vec('CartPole-v1', n, vectorization_mode='vector_entry_point')
+    start, ours = episode_lengths(EnvBatch(EnvConfig('MetaCartPole-v0', n, 500), [task] * n, freeze=True), n, 2)
+    for column in start.T: assert stats.kstest(column, 'uniform', (-.05, .1)).pvalue > 1e-4
+    (_, right), (_, trapped) = (episode_lengths(theirs, n, seed) for seed in (2, 1))
+    assert stats.ks_2samp(ours, right).pvalue > 1e-4 > stats.ks_2samp(trapped, right).pvalue
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_physics_is_even_over_its_ranges(name):
+    config = EnvConfig(name)
+    many = sample_tasks(config, 500)
+    for field, (_, low, high) in config.family.physics.items():
+        assert stats.kstest([abs(task[field]) for task in many], 'uniform', (low, high - low)).pvalue > 1e-4
+    for split, changed in config.family.ood_splits.items():
+        for field, (low, high) in changed.items(): assert all(low < task[field] <= high for task in sample_tasks(config, 50, split))
+
+
+@pytest.mark.parametrize('bad', [{'gravity': 9.8}, CartPole().default_task() | {'bias': np.zeros(4)}])
+def test_tasks_with_other_fields(bad):
+    with pytest.raises(ValueError, match='task 0 is .*; a task of .*CartPole.* is a dict'): EnvBatch(EnvConfig('MetaCartPole-v0', 3), [bad] * 3)
+
+
+def test_noise_is_independent_in_time_between_sensors_and_environments():
+    n, steps = 300, 30
+    env = EnvBatch(EnvConfig('MetaCartPole-v0', n, steps, options={'sensor_bias': .1, 'sensor_noise': .03}), freeze=True)
+    error = [env.reset()[0] - env.state[:, :4]]
+    for _ in range(steps - 1): error.append(env.step(env.family.oracle(env.state, env.tasks))[0] - env.state[:, :4])
+    noise = (np.stack(error) - np.array([task['bias'] for task in env.get_tasks()])) / .03  # [T, N, 4]
+    for k in range(4): assert stats.kstest(noise[..., k].ravel(), 'norm').pvalue > 1e-4
+    for product in (noise[1:] * noise[:-1], noise[..., 1:] * noise[..., :-1], noise[:, 1:] * noise[:, :-1]):
+        assert abs(product.mean()) < 4 / product.size**.5
+    assert abs(noise.mean()) < 4 / noise.size**.5
