@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import grad, hessian, jacrev, jvp, vmap
 
-from ssm_metarl.cores import CORES, GRU, H3, TwoLayers, core_config
+from ssm_metarl.cores import CORES, GRU, H3, Core, CoreNetwork, TwoLayers, core_config, keyed_mean_task
 from ssm_metarl.memory import SelectiveSSM, SSMStack, SSMStackConfig
 from ssm_metarl.ssm import SSM, LayerConfig, SSMConfig
 
@@ -242,3 +242,55 @@ def test_settings_that_a_core_ignores_are_refused(layer, allowed, name, value):
     if name in allowed: assert layer(config).config.init == value
     else:
         with pytest.raises(ValueError, match='has no effect on'): layer(config)
+
+
+@given(seeds, st.integers(1, 4), st.integers(1, 8))
+def test_means_under_keys(seed, keys, T):
+    x, target, weight, reset = keyed_mean_task(np.random.default_rng(seed), 2, T, keys)
+    key = x[..., :keys].argmax(-1)
+    for b in range(2):
+        seen = {k: [] for k in range(keys)}
+        for t in range(T):
+            if t: seen[key[b, t - 1].item()].append(x[b, t, keys].item())
+            values = seen[key[b, t].item()]
+            np.testing.assert_allclose(target[b, t, 0], np.mean(values) if values else 0, atol=1e-5)
+    assert (x[:, 0, keys] == 0).all() and weight.shape == reset.shape == (2, T) and not reset.any()
+
+
+@pytest.mark.parametrize('kind', CORES.values(), ids=CORES.keys())
+def test_a_network_around_a_core_hands_on_state_and_reset(kind):
+    model, x = CoreNetwork(kind(SSMConfig(8, 4, 8), 1), 3, 8, 2), random(0, 2, 6, 3).float()
+    y, _ = model(x)
+    assert y.shape == (2, 6, 2)
+    first, state = model(x[:, :3])
+    torch.testing.assert_close(torch.cat([first, model(x[:, 3:], state)[0]], 1), y)
+    reset = torch.arange(6).expand(2, 6) == 3
+    torch.testing.assert_close(model(x, reset=reset)[0][:, 3:], model(x[:, 3:])[0])
+    before = torch.random.get_rng_state()
+    again = CoreNetwork(kind(SSMConfig(8, 4, 8), 1), 3, 8, 2)
+    assert torch.equal(again(x)[0], y) and torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize('kind', [GRU, H3])
+def test_parameters_of_a_seed_stay_what_they_were(kind):
+    "Sums measured before the two layers got a common base: files and seeds of old runs must give the same layer."
+    expected = {GRU: 35.645736, H3: 116.416838}[kind]
+    layer = kind(LayerConfig(3, 4, 5), seed=1)
+    assert sum(p.abs().sum().item() for p in layer.parameters()) == pytest.approx(expected, rel=1e-5)
+    assert [name for name, _ in layer.named_parameters()] == {GRU: ['W', 'U', 'b_W', 'b_U', 'C', 'D'], H3: ['K', 'V', 'Q', 'b_K', 'b_V', 'b_Q', 'log_decay', 'C', 'D']}[kind]
+
+
+def test_a_core_without_methods_says_so():
+    for method in ('shapes', 'init_parameters', 'states', 'readout', 'stepper'): assert method in vars(GRU) and method in vars(H3)
+    with pytest.raises(NotImplementedError): Core(LayerConfig(3))
+
+
+@given(seeds, sizes, sizes)
+def test_the_gru_is_that_of_pytorch(seed, D, N):
+    ours, theirs, x = excited(GRU(LayerConfig(D, N, 3), seed)).double(), torch.nn.GRU(D, N, batch_first=True).double(), random(seed, 2, 6, D)
+    with torch.no_grad():
+        for name, p in (('weight_ih_l0', ours.W), ('weight_hh_l0', ours.U), ('bias_ih_l0', ours.b_W), ('bias_hh_l0', ours.b_U)): getattr(theirs, name).copy_(p)
+    h, last = theirs(x)
+    y, state = ours(x)
+    torch.testing.assert_close(y, h @ ours.C.T + x @ ours.D.T)
+    torch.testing.assert_close(state, last[0])

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import grad, vmap
 
-from ssm_metarl.memory import SelectiveSSM, SSMStack, SSMStackConfig
+from ssm_metarl.memory import SelectiveSSM, SSMStack, SSMStackConfig, delay_task, first_symbol_task, selective_copy_task, train_memory
 from ssm_metarl.ssm import SSM, SSMConfig
 
 torch.set_num_threads(1)
@@ -94,3 +94,63 @@ def test_files(selective, tmp_path):
 @pytest.mark.parametrize('name, value', [('input_dim', 0), ('width', -1), ('layers', 1.5), ('layers', True), ('state_dim', 7), ('init', 'hipo'), ('selective', 1)])
 def test_nonsense_is_refused(name, value):
     with pytest.raises(ValueError, match=f'{name}={value!r}'): SSMStackConfig(**dict(input_dim=1, output_dim=1) | {name: value})
+
+
+@pytest.mark.parametrize('kw', [{}, dict(init='real'), dict(discretisation='bilinear', feedthrough='diagonal', output_dim=3)])
+def test_a_selective_layer_starts_plain_and_steps_like_a_sequence(kw):
+    config = SSMConfig(**dict(input_dim=3, state_dim=8, output_dim=2) | kw)
+    x, reset = random(0, 4, 12, 3), chance(0, .1, 4, 12)
+    plain, selective = SSM(config).double(), SelectiveSSM(config).double()
+    torch.testing.assert_close(selective(x, reset=reset)[0], plain(x, reset=reset)[0])
+    whole, last = excite(selective, 1)(x, reset=reset)
+    assert not torch.allclose(whole, plain(x, reset=reset)[0])
+    step, state = selective.stepper(), selective.initial_state(4)
+    for t in range(12):
+        y, state = step(x[:, t], state, reset[:, t])
+        torch.testing.assert_close(y, whole[:, t])
+    torch.testing.assert_close(state, last)
+
+
+def test_step_sizes_are_what_the_formula_says():
+    "One real mode with eigenvalue lam and B: h = exp(lam dt) h + (exp(lam dt) - 1) / lam B u, dt = dt0 softplus(G u + log(e - 1))."
+    layer, u = excite(SelectiveSSM(SSMConfig(2, 1, 1, 'real')), 3).double(), random(4, 1, 7, 2)
+    lam, dt0, B, G = layer.A.item(), layer.dt.item(), layer.B[0].detach(), layer.gate[0].detach()
+    h, states = 0., []
+    for u_t in u[0]:
+        dt = dt0 * np.log1p((np.e - 1) * np.exp((G @ u_t).item()))
+        h = np.exp(lam * dt) * h + np.expm1(lam * dt) / lam * (B @ u_t).item()
+        states.append(h)
+    np.testing.assert_allclose(layer.extract_features(u)[0, :, 0].detach(), states, rtol=1e-9)
+
+
+def test_a_stack_is_what_its_equations_say():
+    stack, x = make(False, 3, 5), random(6, 2, 9, 3)
+    z = stack.encoder(x)
+    for core, gate in zip(stack.cores, stack.gates):
+        y = torch.nn.functional.gelu(core(torch.nn.functional.layer_norm(z, (4,)))[0])
+        value, openness = gate(y).chunk(2, -1)
+        z = z + value * openness.sigmoid()
+    torch.testing.assert_close(stack(x)[0], stack.decoder(z))
+
+
+@given(seeds, st.integers(1, 4))
+def test_answers_of_the_tasks(seed, B):
+    x, target, weight, reset = delay_task(np.random.default_rng(seed), B, T=9, lag=2)
+    assert torch.equal(target[:, 2:], x[:, :-2]) and weight[0].tolist() == [0, 0] + [1] * 7 and not reset.any()
+    x, target, weight, reset = first_symbol_task(np.random.default_rng(seed), B, T=12, length=4)
+    assert reset[0].nonzero().flatten().tolist() == [0, 4, 8] and weight[0].nonzero().flatten().tolist() == [3, 7, 11]
+    for t in (0, 4, 8): assert torch.equal(x[:, t, :4].argmax(-1), target[:, t + 3]) and (x[:, t, 5] == 1).all()
+    assert (x[:, 1:4, :4] == 0).all() and (x[:, 1:4, 5] == 0).all()
+    x, target, weight, reset = selective_copy_task(np.random.default_rng(seed), B, T=10, items=3)
+    for b in range(B): assert torch.equal(x[b, :10, :4].argmax(-1)[x[b, :10, :4].sum(-1) == 1], target[b, 10:])
+    assert (weight.sum(1) == 3).all() and (weight[:, 10:] == 1).all() and (x[:, 10:, 5] == 1).all() and not reset.any()
+    assert (x[:, :10, 4] != 0).sum() == 7 * B  # noise where no symbol is
+
+
+def test_training_a_memory_repeats_and_learns():
+    def train(seed=0): return train_memory(SSM(SSMConfig(1, 16, 1), 1), lambda rng, B: delay_task(rng, B, 20, 2), 60, .03, seed, B=8)
+    record = train()
+    assert np.array_equal(record, train()) and not np.array_equal(record, train(1))
+    assert record[-10:].mean() < .5 * record[0]
+    accuracy = train_memory(SSMStack(SSMStackConfig(6, 4, 8, 1, 8)), lambda rng, B: first_symbol_task(rng, B, 12, 4), 60, .01)
+    assert 0 <= accuracy[0] <= .6 and accuracy[-5:].mean() > .8
