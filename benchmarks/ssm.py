@@ -16,7 +16,8 @@ from paired import paired, write_rows
 from torch import nn
 from torch.func import functional_call
 
-from ssm_metarl.ssm import SSM, SSMConfig, scan
+from ssm_metarl.scan import scan
+from ssm_metarl.ssm import SSM, SSMConfig
 
 D = N = 64
 

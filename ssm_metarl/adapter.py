@@ -31,7 +31,8 @@ from .monitors import (FeatureMonitor, Moments, Monitors, choose, described, dis
                                  task_samples, uncertainty)
 from .policy import action_log_prob, entropy, kl_divergence
 from .rollout import masked_mean, policy_surrogate, value_loss
-from .ssm import SSM, plain_numbers, read_npz, write_npz
+from .files import plain_numbers, read_npz, write_npz
+from .ssm import SSM
 
 # %% ../nbs/05_adapter.ipynb #050012
 _LARGEST = 1e30  # largest factor of a float32; it leaves room for what an optimiser does

@@ -16,8 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .memory import SSMStack, SSMStackConfig
-from .ssm import SSM, Discretised, LayerConfig, Persistent, SSMConfig, check_reset
-from .ssm import between, drawn, dynamic, dynamics_dtype, linear, scan
+from .files import LayerConfig, Persistent
+from .scan import check_reset
+from .ssm import SSM, Discretised, SSMConfig
+from .linear import between, drawn, dynamic, dynamics_dtype, linear
+from .scan import scan
 
 # %% ../nbs/00b_cores.ipynb #00b0007
 class Memoryless(SSM):

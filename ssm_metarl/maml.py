@@ -25,7 +25,7 @@ from .inner_loop import gradient_step, stack
 from .policy import SSMMetaPolicy, action_log_prob, entropy, kl_divergence
 from .rollout import (SURROGATES, Rollout, Trajectories, advantages, collect, discounted_sum, gae, linear_baseline, masked_mean,
                                 policy_inputs, policy_surrogate, require_finite, value_loss)
-from .ssm import plain_numbers
+from .files import plain_numbers
 
 # %% ../nbs/04_maml.ipynb #040005
 OUTER = ('ppo', 'trpo')  # outer steps

@@ -16,8 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .ssm import SSM, Discretised, Persistent, SSMConfig, between, check_counts, drawn
-from .ssm import dynamic, eigenvalues, linear, plain_numbers, product, step_factors
+from .files import Persistent, check_counts
+from .linear import between, drawn
+from .ssm import SSM, Discretised, SSMConfig
+from .files import plain_numbers
+from .linear import dynamic, linear, product
+from .ssm import eigenvalues, step_factors
 
 # %% ../nbs/00a_memory.ipynb #00a0011
 class Selective(Discretised):

@@ -62,7 +62,7 @@ from .plots import plot_adaptation, plot_experiment
 from .policy import PolicyConfig, SSMMetaPolicy
 from .rl2 import LEARNERS
 from .rollout import Rollout, Trajectories, advantages, collect, gae, normalise, policy_inputs
-from .ssm import plain_numbers, read_npz, write_npz
+from .files import plain_numbers, read_npz, write_npz
 
 # %% ../nbs/08_pipeline.ipynb #4b71b83b
 def check_type(

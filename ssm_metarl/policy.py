@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .cores import CORES, core_config
-from .ssm import LayerConfig, between, check_counts, linear, plain_numbers, product
+from .files import LayerConfig, check_counts, plain_numbers
+from .linear import between, linear, product
 
 # %% ../nbs/01_policy.ipynb #010013
 def action_log_prob(

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from .batch import EnvBatch, stream
 from .envs import EnvConfig
 from .policy import SSMMetaPolicy, action_log_prob, choose_action
-from .ssm import scan
+from .scan import scan
 
 # %% ../nbs/03_rollout.ipynb #030012
 def discounted_sum(

@@ -19,7 +19,8 @@ from ssm_metarl.monitors import Moments, uncertainty
 from ssm_metarl.guards import OPTIMIZERS, flatten, guard, keeps_promise, project, round_towards
 from ssm_metarl.adapter import (AdaptationConfig, AdaptationStrategy, Memory, MetaRLHook, SSMHook, create_adapter,
     register_adaptation_strategy)
-from ssm_metarl.ssm import SSM, SSMConfig, write_npz
+from ssm_metarl.files import write_npz
+from ssm_metarl.ssm import SSM, SSMConfig
 
 torch.set_num_threads(1)
 settings.register_profile('adapter', max_examples=25, deadline=None, derandomize=True)

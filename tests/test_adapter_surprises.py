@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ssm_metarl.adapter import AdaptationConfig, MetaRLHook, SSMHook, Tent, create_adapter
-from ssm_metarl.ssm import write_npz
+from ssm_metarl.files import write_npz
 
 torch.set_num_threads(1)
 ones = torch.ones(4, 3)

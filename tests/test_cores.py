@@ -8,7 +8,8 @@ from torch.func import grad, hessian, jacrev, jvp, vmap
 
 from ssm_metarl.cores import CORES, GRU, H3, Core, CoreNetwork, TwoLayers, core_config, keyed_mean_task
 from ssm_metarl.memory import SelectiveSSM, SSMStack, SSMStackConfig
-from ssm_metarl.ssm import SSM, LayerConfig, SSMConfig
+from ssm_metarl.files import LayerConfig
+from ssm_metarl.ssm import SSM, SSMConfig
 
 torch.set_num_threads(1)
 settings.register_profile('cores', max_examples=20, deadline=None, derandomize=True)

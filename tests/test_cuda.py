@@ -15,7 +15,8 @@ from ssm_metarl.pipeline import main
 from ssm_metarl.policy import PolicyConfig, SSMMetaPolicy
 from ssm_metarl.rl2 import LEARNERS
 from ssm_metarl.rollout import collect
-from ssm_metarl.ssm import SSM, SSMConfig, scan
+from ssm_metarl.scan import scan
+from ssm_metarl.ssm import SSM, SSMConfig
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no CUDA device')
 PLACES = ('cpu', 'cuda')

@@ -17,9 +17,12 @@ from scipy.linalg import block_diag, expm
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
-from ssm_metarl import ssm as ssm_module
+from ssm_metarl import scan as scan_module
 from ssm_metarl.memory import SSMStackConfig
-from ssm_metarl.ssm import INITS, REAL_INITS, SSM, LayerConfig, SSMConfig, discretise, eigenvalues, legs_eigenvalues, linear, phi1, read_npz, scan, to_real, write_npz
+from ssm_metarl.files import LayerConfig, read_npz, write_npz
+from ssm_metarl.linear import linear, to_real
+from ssm_metarl.scan import scan
+from ssm_metarl.ssm import (INITS, REAL_INITS, SSM, SSMConfig, discretise, eigenvalues, legs_eigenvalues, phi1)
 
 torch.set_num_threads(1)
 settings.register_profile('short', max_examples=25, deadline=None, derandomize=True)
@@ -29,9 +32,9 @@ settings.load_profile('short')
 @pytest.fixture(params=['loop', 'blocks'], scope='module', autouse=True)
 def path(request):
     "Every test runs twice: with the plain loop, and with blocks for all that is longer than two steps."
-    usual, ssm_module.LOOP_STEPS = ssm_module.LOOP_STEPS, ssm_module.LOOP_STEPS if request.param == 'loop' else 2
+    usual, scan_module.LOOP_STEPS = scan_module.LOOP_STEPS, scan_module.LOOP_STEPS if request.param == 'loop' else 2
     yield
-    ssm_module.LOOP_STEPS = usual
+    scan_module.LOOP_STEPS = usual
 
 
 seeds, inits, flags = st.integers(0, 2**20), st.sampled_from(INITS), st.booleans()
