@@ -17,7 +17,8 @@ from ssm_metarl.adapter import AdaptationConfig, MetaRLHook, create_adapter
 from ssm_metarl.envs import sample_tasks
 from ssm_metarl.inner_loop import stack
 from ssm_metarl.pipeline import CONFIGS
-from ssm_metarl.rollout import advantages, collect
+from ssm_metarl.rollout import collect
+from ssm_metarl.policy_gradient import advantages
 
 SIZES = {'20 x 100': (20, 100), '1 x 20': (1, 20)}  # trajectories x steps of each task
 

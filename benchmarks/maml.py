@@ -23,7 +23,8 @@ from ssm_metarl.envs import EnvConfig, sample_tasks
 from ssm_metarl.maml import MetaMAML, mean_steps, returns_variance
 from ssm_metarl.pipeline import CONFIGS
 from ssm_metarl.policy import action_log_prob
-from ssm_metarl.rollout import Trajectories, advantages, discounted_sum
+from ssm_metarl.rollout import Trajectories, discounted_sum
+from ssm_metarl.policy_gradient import advantages
 
 
 class Point(gym.Env):

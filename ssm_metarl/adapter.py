@@ -30,7 +30,8 @@ from .guards import (OPTIMIZERS, TaskState, blank_state, check_elementwise, clip
 from .monitors import (FeatureMonitor, Moments, Monitors, choose, described, distance_from, is_categorical, mask_of, per_task, predictions, softmax_entropy, task_mean,
                                  task_samples, uncertainty)
 from .policy import action_log_prob, entropy, kl_divergence
-from .rollout import masked_mean, policy_surrogate, value_loss
+from .rollout import masked_mean
+from .policy_gradient import policy_surrogate, value_loss
 from .files import plain_numbers, read_npz, write_npz
 from .ssm import SSM
 

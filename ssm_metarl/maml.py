@@ -23,8 +23,9 @@ from .compiling import Compiled, CompiledStepper
 from .envs import MAX_TASKS, EnvConfig
 from .inner_loop import gradient_step, stack
 from .policy import SSMMetaPolicy, action_log_prob, entropy, kl_divergence
-from .rollout import (SURROGATES, Rollout, Trajectories, advantages, collect, discounted_sum, gae, linear_baseline, masked_mean,
-                                policy_inputs, policy_surrogate, require_finite, value_loss)
+from ssm_metarl.rollout import (Rollout, Trajectories, collect, discounted_sum, masked_mean, policy_inputs,
+    require_finite)
+from .policy_gradient import (SURROGATES, advantages, gae, linear_baseline, policy_surrogate, value_loss)
 from .files import plain_numbers
 
 # %% ../nbs/04_maml.ipynb #040005

@@ -61,7 +61,8 @@ from .maml import MetaConfig, MetaLearner
 from .plots import plot_adaptation, plot_experiment
 from .policy import PolicyConfig, SSMMetaPolicy
 from .rl2 import LEARNERS
-from .rollout import Rollout, Trajectories, advantages, collect, gae, normalise, policy_inputs
+from .rollout import Rollout, Trajectories, collect, policy_inputs
+from .policy_gradient import advantages, gae, normalise
 from .files import plain_numbers, read_npz, write_npz
 
 # %% ../nbs/08_pipeline.ipynb #4b71b83b

@@ -13,7 +13,8 @@ from .envs import EnvConfig
 from .maml import JointTraining, MetaConfig
 from .policy import SSMMetaPolicy
 from .relatives import LEARNERS
-from .rollout import Trajectories, discounted_sum, gae
+from .rollout import Trajectories, discounted_sum
+from .policy_gradient import gae
 
 # %% ../nbs/04b_rl2.ipynb #04b0022
 def over_batch(

@@ -11,7 +11,8 @@ from ssm_metarl.envs import EnvConfig
 from ssm_metarl.inner_loop import gradient_step, stack
 from ssm_metarl.maml import MetaConfig, MetaMAML, exploration_loss, query_gain
 from ssm_metarl.policy import PolicyConfig, SSMMetaPolicy, action_log_prob
-from ssm_metarl.rollout import Trajectories, discounted_sum, policy_surrogate
+from ssm_metarl.rollout import Trajectories, discounted_sum
+from ssm_metarl.policy_gradient import policy_surrogate
 
 T, ALPHA = 2, 2.
 P = torch.tensor([[[.9, .1], [.3, .7]], [[.6, .4], [.2, .8]]], dtype=torch.float64)  # state, action, next state
@@ -88,7 +89,7 @@ def test_gain_by_hand():
     learner = make('MamlTestCorridor-v0', history=True)
     _, query, _ = trajectories(learner)
     gain = query_gain(query, .9, 1.)
-    from ssm_metarl.rollout import gae, linear_baseline
+    from ssm_metarl.policy_gradient import gae, linear_baseline
     returns = discounted_sum(query.reward.masked_fill(~query.mask, 0), .9)
     start, advantage = returns[..., 0].mean(1), gae(query.reward.masked_fill(~query.mask, 0), linear_baseline(query, returns), .9, 1.)
     for m in range(M):

@@ -13,7 +13,8 @@ from ssm_metarl.envs import FAMILIES, EnvConfig, Family, register_family, sample
 from ssm_metarl.inner_loop import stack
 from ssm_metarl.maml import MetaConfig, MetaLearner, MetaMAML, inner_step, never_negative, trust_region
 from ssm_metarl.policy import PolicyConfig, SSMMetaPolicy, action_log_prob, kl_divergence
-from ssm_metarl.rollout import Rollout, advantages, collect, gae, linear_baseline, masked_mean, normalise, policy_inputs, policy_surrogate, require_finite
+from ssm_metarl.rollout import Rollout, collect, masked_mean, policy_inputs, require_finite
+from ssm_metarl.policy_gradient import advantages, gae, linear_baseline, normalise, policy_surrogate
 
 M, K, T = 3, 4, 10
 

@@ -11,8 +11,9 @@ from torch import distributions
 
 from ssm_metarl.envs import EnvConfig, sample_tasks
 from ssm_metarl.policy import PolicyConfig, SSMMetaPolicy, action_log_prob, choose_action, entropy, kl_divergence
-from ssm_metarl.rollout import (SURROGATES, Rollout, Trajectories, advantages, collect, discounted_sum, gae, linear_baseline, masked_mean, normalise,
-                                policy_inputs, policy_surrogate, value_loss)
+from ssm_metarl.rollout import (Rollout, Trajectories, collect, discounted_sum, masked_mean, policy_inputs)
+from ssm_metarl.policy_gradient import (SURROGATES, advantages, gae, linear_baseline, normalise, policy_surrogate,
+    value_loss)
 
 torch.set_num_threads(1)
 settings.register_profile('short', max_examples=15, deadline=None, derandomize=True)
@@ -229,6 +230,7 @@ def test_surrogate_slopes_and_clipping(traj, clip):
     logp = traj.logp.clone().requires_grad_()
     slope = lambda kind, clip=None: torch.autograd.grad(policy_surrogate(logp, traj.logp, traj.reward, traj.mask, kind, clip).sum(), logp)[0]
     torch.testing.assert_close(slope('ratio'), slope('logprob'))
+    torch.testing.assert_close(slope('dice'), slope('logprob'))
     torch.testing.assert_close(slope('ratio', clip), slope('ratio'))  # at the old policy nothing is clipped
     moved = traj.logp + normal(1, *traj.logp.shape)
     ratio, A = (moved - traj.logp).exp(), traj.reward
@@ -471,6 +473,18 @@ def test_an_advantage_after_the_end_reaches_no_gradient_even_if_it_is_nan(kind):
     logp, mask = torch.zeros(1, 1, 3, requires_grad=True), torch.tensor([[[True, True, False]]])
     policy_surrogate(logp, torch.zeros(1, 1, 3), torch.tensor([[[1., 2., torch.nan]]]), mask, kind).sum().backward()
     assert logp.grad.isfinite().all() and logp.grad[0, 0, 0] != 0
+
+
+@given(experience())
+def test_dice_weighs_a_step_by_what_it_adds_to_the_product_of_all_ratios_so_far(traj):
+    moved = traj.logp + .3 * normal(1, *traj.logp.shape)
+    loss = torch.zeros(len(moved), dtype=moved.dtype)
+    for m, k in np.ndindex(*moved.shape[:2]):
+        so_far = 1.
+        for t in range(int(traj.mask[m, k].sum())):
+            now = so_far * (moved - traj.logp)[m, k, t].exp()
+            loss[m], so_far = loss[m] - (now - so_far) * traj.reward[m, k, t], now
+    torch.testing.assert_close(policy_surrogate(moved, traj.logp, traj.reward, traj.mask, 'dice'), loss / traj.mask.sum((1, 2)))
 
 
 @pytest.mark.parametrize('unit', [1e-6, 1., 1e6, 1e12])
