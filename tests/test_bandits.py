@@ -5,6 +5,7 @@ SECOND marks figures of a second implementation, written independently of this o
 import subprocess
 import sys
 from fractions import Fraction
+from functools import lru_cache
 from itertools import product
 from math import factorial
 
@@ -15,12 +16,14 @@ from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
+from scipy.optimize import brentq
 
-from ssm_metarl.bandits import (Bandit, TabularMDP, backward_induction, bayes_optimal_value, dependent_regret, greedy_dependent, index_policy, index_table, play_bandit,
+from ssm_metarl.bandits import (Bandit, TabularMDP, backward_induction, bayes_optimal_value, dependent_regret, evidence, greedy_dependent, index_policy, index_table, myopic, play_bandit,
                                 play_plan, psrl, random_arm, regret, sample_mdp, thompson, thompson_dependent, total_reward, ucb1)
 from ssm_metarl.env_checks import check_family
 from ssm_metarl.batch import EnvBatch, play_actions, stream
-from ssm_metarl.envs import EnvConfig, checksum_split, sample_tasks
+from ssm_metarl.envs import EnvConfig, checksum_split, register_family, sample_tasks, unregister_family
 
 few = settings(max_examples=25, deadline=None, derandomize=True)
 BANDIT, MDP = 'MetaBandit-v0', 'MetaTabularMDP-v0'
@@ -381,3 +384,196 @@ def test_psrl_knows_what_it_has_seen():
     m, P = sample_mdp(visits, paid, stream(0, 'test'))
     assert m[0, 0, 1] == pytest.approx(2, abs=.01) and P[0, 0, 1] == pytest.approx([.25, .75], abs=.01)
     assert P.sum(-1) == pytest.approx(np.ones((1, 2, 2)))
+
+
+# Details, by hand.
+
+def raises(pattern): return pytest.raises(ValueError, match=pattern)
+
+
+def test_one_pull_of_two_bandits():
+    tasks = {'chance': np.float32([[.2, .7], [.9, .1]])}
+    state, win, over = Bandit(2).step(np.zeros((2, 1), np.float32), np.array([1, 1]), tasks, np.float32([[.69], [.11]]))
+    assert win.tolist() == [1, 0] and over.tolist() == [False, False] and win.dtype == np.float32
+    assert Bandit(2).oracle(state, tasks).tolist() == [1, 0] and Bandit(2).nothing(state, tasks).tolist() == [0, 0]
+    with raises(r'tasks \[1\] break a rule of their family: chances lie'):
+        EnvBatch(EnvConfig(BANDIT, 2, options={'arms': 2}), [{'chance': [0, 1]}, {'chance': [.5, 1.1]}])
+    assert EnvConfig(BANDIT, options={'arms': 2, 'dependent': True}).tasks.splits == ('train', 'validation', 'held_out', 'both-good')
+
+
+def test_bandits_pay_what_they_promise():
+    n, arms, N = 1000, 5, 100
+    env = EnvBatch(EnvConfig(BANDIT, N, n, options={'arms': arms}))
+    chance = env.tasks['chance'].astype(float)
+    wins = np.stack([play_actions(env, np.full((n, N), arm))[1].sum(0) for arm in range(arms)], 1)
+    assert_agrees(((wins - n * chance)**2 / (n * chance * (1 - chance))).ravel(), 1)  # binomial variance
+    sure = EnvBatch(EnvConfig(BANDIT, 2, n, options={'arms': 2}), [{'chance': [0, 1]}] * 2)
+    assert play_actions(sure, np.tile([0, 1], (n, 1)))[1].sum(0).tolist() == [0, n]
+    env = EnvBatch(EnvConfig(BANDIT, 2000, 20))
+    env.reset()
+    assert_agrees(sum(env.step(env.family.oracle(env.state, env.tasks))[1] for _ in range(20)), 20 * 5 / 6)
+
+
+def test_players_see_their_counts():
+    seen = []
+    def note(wins, losses, left, rng):
+        seen.append((wins.tolist(), losses.tolist(), left))
+        return np.full(len(wins), len(seen) % 2)  # arms 1, 0, 1
+    assert play_bandit(note, np.array([[0., 1.], [1., 0.]]), 3).tolist() == [[1, 0, 1], [1, 0, 1]]
+    assert seen == [([[0, 0], [0, 0]], [[0, 0], [0, 0]], 3), ([[0, 1], [0, 0]], [[0, 0], [0, 1]], 2), ([[0, 1], [1, 0]], [[1, 0], [0, 1]], 1)]
+
+
+def test_regret_and_total_reward():
+    p, pulled = np.array([[.2, .7], [.9, .1]]), np.array([[0, 1, 0], [0, 0, 1]])
+    np.testing.assert_allclose(regret(p, pulled), [[.5, .5, 1], [0, 0, .8]])
+    np.testing.assert_allclose(total_reward(p, pulled), [1.1, 1.9])
+    chance = stream(0, 'many bandits').random((5000, 5))
+    assert_agrees(total_reward(chance, play_bandit(random_arm, chance, 20)), 20 / 2)
+
+
+def test_ucb1_by_hand():
+    wins, losses = np.array([[1, 3, 0]]), np.array([[1, 6, 0]])
+    bound = lambda mean, pulls: mean + np.sqrt(2 * np.log(12) / pulls)  # pull number 12
+    assert bound(1 / 2, 2) > bound(1 / 3, 9)
+    assert ucb1()(wins, losses, 9, None) == [2] and ucb1()(wins[:, :2], losses[:, :2], 9, None) == [0]
+    assert ucb1(c=0, prior=1)(wins, losses, 9, None) == ((wins + 1) / (wins + losses + 2)).argmax(1)
+    # with c = 0.5 and a prior: 1/2 + .5 sqrt(2 ln 12 / 3), 4/11 + .5 sqrt(2 ln 12 / 10), 1/2 + .5 sqrt(2 ln 12)
+    assert ucb1(.5, prior=1)(wins, losses, 9, None) == [2]
+
+
+def test_bayes_optimal_value_of_scores_and_wrong_counts():
+    assert bayes_optimal_value(7, 1) == pytest.approx(7 / 2)
+    assert bayes_optimal_value(3, 3, score=lambda w, l, left: -w - l) == pytest.approx(3 / 2)  # always a new arm
+    for wrong in ((-1, 2), (2.5, 2), (2, 0)):
+        with raises('is not a positive integer'): bayes_optimal_value(*wrong)
+
+
+def test_index_by_a_root_finder_and_beside_a_known_arm():
+    table = index_table(100)
+    assert table[1, 3, 1] == pytest.approx(4 / 6, abs=1e-3) and table[2, 0, 0] == pytest.approx(5 / 9, abs=1e-3)
+    def worth(charge, w, l, left):  # Q
+        if not left: return 0
+        mean = (w + 1) / (w + l + 2)
+        return mean - charge + mean * max(worth(charge, w + 1, l, left - 1), 0) + (1 - mean) * max(worth(charge, w, l + 1, left - 1), 0)
+    for w, l, left in [(0, 0, 10), (2, 0, 9), (0, 3, 8), (9, 1, 7), (30, 0, 6), (4, 4, 10)]:
+        assert -1e-9 < table[left, w, l] - brentq(worth, 0, 1, (w, l, left)) < 1e-3
+
+    @lru_cache(None)
+    def best_of_two(known, w, l, left):  # pull the unknown arm first, or the known one
+        if not left: return 0, 0
+        mean, go_on = (w + 1) / (w + l + 2), lambda w, l: max(best_of_two(known, w, l, left - 1))
+        return mean * (1 + go_on(w + 1, l)) + (1 - mean) * go_on(w, l + 1), known + go_on(w, l)
+    for w, l, left in [(0, 0, 12), (1, 0, 8), (0, 2, 10)]:
+        for step in (-.003, .003):
+            unknown, known = best_of_two(table[left, w, l] + step, w, l, left)
+            assert (unknown > known) == (step < 0)
+    with raises(r'12 pulls are left, but this is index_policy\(10\)'): play_bandit(index_policy(10), np.full((2, 3), .5), 12)
+
+
+def test_evidence_of_dependent_arms():
+    wins, losses = np.array([[2, 0], [0, 1]]), np.array([[0, 1], [1, 1]])
+    np.testing.assert_array_equal(evidence(wins, losses), ([3, 1], [0, 2]))
+    assert greedy_dependent(wins, losses, 9, None).tolist() == [0, 1]
+    many = 20_000
+    assert_agrees(thompson_dependent(np.tile([1, 0], (many, 1)), np.zeros((many, 2), int), 9, stream(0, 'test')) == 0, 3 / 4)  # density 2p
+    with raises('3 arms cannot have the chances p and 1 - p'): thompson_dependent(np.zeros((1, 3), int), np.zeros((1, 3), int), 9, None)
+
+
+def test_dependent_regret_checks_its_arguments():
+    assert dependent_regret(1, [.1, .9]) == pytest.approx(.4)  # one pull is a guess
+    for wrong in (([1.1],), ([.1, .9], [.5, .4]), ([.1, .9], [1])):
+        with raises('give as many weights as chances'): dependent_regret(9, *wrong)
+    with raises('n=-1 is not a positive integer'): dependent_regret(-1)
+
+
+def test_one_step_of_an_mdp():
+    family, edge = TabularMDP(states=3, actions=2, horizon=4), np.float32(1 - 2**-24)  # the largest noise that there is
+    fixed = {'mean_reward': np.tile(np.float32([[5, 7]]), (2, 3, 1)), 'transition': np.tile(np.float32([0, .25, .75]), (2, 3, 2, 1))}
+    fixed['transition'][1] = [.5, .5, 0]
+    ready = family.prepare(fixed)
+    for noise, there in ((np.float32(2**-24), [1, 0]), (np.float32(.2499), [1, 0]), (np.float32(.2501), [2, 0]), (edge, [2, 1])):
+        state, reward, over = family.step(family.reset(ready, np.zeros((2, 0))), np.array([0, 1]), ready, np.tile(np.float32([noise, .5]), (2, 1)))
+        assert state[:, 0].tolist() == there and state[:, 1].tolist() == [1, 1] and not over.any()  # never a state with chance 0
+        np.testing.assert_allclose(reward, [5, 7], atol=1e-6)
+    assert family.observe(state, ready).tolist() == [[0, 0, 1], [0, 1, 0]] and reward.dtype == np.float32
+    np.testing.assert_allclose(family.step(state, np.array([0, 0]), ready, np.float32([[.5, stats.norm.cdf(-2)]] * 2))[1], [3, 3], atol=1e-5)
+    assert family.step(np.array([[0, 3], [0, 2]]), np.array([0, 0]), ready, np.float32([[.5, .5]] * 2))[2].tolist() == [True, False]
+
+
+def test_wrong_mdps_are_named():
+    record = {'mean_reward': np.zeros((3, 2)), 'transition': np.full((3, 2, 3), 1 / 3)}
+    wrong, small = record | {'transition': np.full((3, 2, 3), .3)}, TabularMDP(3, 2)
+    with raises(r'tasks \[1, 2\] break a rule of their family: transition\[s, a\] is a distribution'):
+        EnvBatch(EnvConfig(MDP, 3, options={'states': 3, 'actions': 2}), [record, wrong, wrong])
+    other = [wrong, record | {'mean_reward': np.full((3, 2), np.inf)}, record | {'transition': np.tile([2., -1, 0], (3, 2, 1))}, {'mean_reward': np.zeros((2, 2)), 'transition': np.full((2, 2, 2), .5)}]
+    assert [small.in_distribution(task) for task in (record, *other)] == [True, *[False] * 4]
+    with raises('states=10, actions=0, horizon=10: all must be integers >= 1'): TabularMDP(actions=0)
+    with raises('states=True'): TabularMDP(states=True)
+
+
+def test_mdps_are_drawn_from_their_distribution():
+    drawn = [TabularMDP().draw_task(stream(0, 'drawn', i)) for i in range(200)]
+    assert stats.kstest(np.concatenate([task['mean_reward'].ravel() for task in drawn]), 'norm', (1, 1)).pvalue > 1e-4
+    assert stats.kstest(np.concatenate([task['transition'][0, :, 0] for task in drawn]), stats.beta(1, 9).cdf).pvalue > 1e-4  # of one component of Dirichlet(1)
+    config = EnvConfig(MDP, 500)
+    env = EnvBatch(config)
+    actions = stream(0, 'any').integers(5, size=(10, 500))
+    obs, reward, terminated, truncated = play_actions(env, actions)
+    assert (terminated.sum(0) == 1).all() and not truncated.any() and (obs[0].argmax(1) == 0).all()
+    noise = reward - env.tasks['mean_reward'][np.arange(500), obs[:-1].argmax(-1), actions]
+    assert stats.kstest(noise.ravel(), 'norm').pvalue > 1e-4
+
+
+def test_oracle_follows_the_plan():
+    env, again = (EnvBatch(EnvConfig(MDP, 50, 10)) for _ in range(2))
+    _, plan = backward_induction(env.tasks['mean_reward'], env.tasks['transition'], 10)
+    again.reset()
+    rewards = [again.step(again.family.oracle(again.state, again.tasks))[1] for _ in range(10)]
+    np.testing.assert_allclose(play_plan(env, plan)[2], np.stack(rewards, 1), atol=1e-6)
+    with raises('time_limit=9 would cut an episode of 10 steps'): play_plan(EnvBatch(EnvConfig(MDP, 50, 9)), plan)
+
+
+def test_first_mdps_do_not_depend_on_how_many_follow():
+    many, few = (lambda: EnvBatch(EnvConfig(MDP, 60, 10))), (lambda: EnvBatch(EnvConfig(MDP, 3, 10)))
+    for player in (psrl, myopic): np.testing.assert_array_equal(player(many(), 3)[:3], player(few(), 3))
+
+
+def test_myopic_by_hand():
+    "Actions pay -100, 200 and 300. A bonus of 500 makes the player try all three."
+    class OneState(TabularMDP):
+        def __init__(self): super().__init__(states=1, actions=3, horizon=5)
+    register_family('OneState-v0')(OneState)
+    try:
+        one = lambda: EnvBatch(EnvConfig('OneState-v0', 1, 5), [{'mean_reward': np.array([[-100, 200, 300]], np.float32), 'transition': np.ones((1, 3, 1), np.float32)}])
+        np.testing.assert_allclose(myopic(one(), 2), [[-100 + 4 * 200, 5 * 200]], atol=20)
+        np.testing.assert_allclose(myopic(one(), 1, bonus=500), [[-100 + 200 + 3 * 300]], atol=20)
+    finally: unregister_family('OneState-v0')
+
+
+@pytest.mark.parametrize('c, prior', [(.5, 1.), (2, 0.)])
+def test_myopic_is_the_player_with_a_dictionary(c, prior):
+    config = EnvConfig(MDP, 3, 10)
+    env, paid, returns = EnvBatch(config), {}, []
+    for _ in range(20):
+        obs, total = env.reset()[0], 0.
+        for _ in range(10):
+            state = int(obs[1].argmax())
+            rewards = [paid.get((state, a), []) for a in range(5)]
+            action = int(np.argmax([(prior + sum(r)) / (1 + len(r)) + c / (1 + len(r))**.5 for r in rewards]))
+            obs, reward, *_ = env.step(np.full(3, action))
+            paid.setdefault((state, action), []).append(float(reward[1]))
+            total += float(reward[1])
+        returns.append(total)
+    np.testing.assert_allclose(myopic(EnvBatch(config), 20, c, prior)[1], returns, atol=1e-9)
+
+
+def test_myopic_needs_whole_episodes():
+    with raises('time_limit=9 would cut an episode of 10 steps'): myopic(EnvBatch(EnvConfig(MDP, 3, 9)), 1)
+    with raises('SAME_STEP would start'): myopic(EnvBatch(EnvConfig(MDP, 3, 10), autoreset_mode=AutoresetMode.SAME_STEP), 1)
+
+
+def test_myopic_is_ahead_of_what_was_published_and_of_psrl():
+    mdps = lambda: EnvBatch(EnvConfig(MDP, 1000, 10))
+    near, sampled = myopic(mdps(), 100, 1.), psrl(mdps(), 100)
+    total = near[:, :10].sum(1)
+    assert total.mean() > 156.2 + 3 * error(total) and near.sum(1).mean() > sampled.sum(1).mean()
