@@ -64,11 +64,12 @@ def main():
             failed.append(path.name)
             print(f'{path.name}: FAILED after {time.perf_counter() - start:.0f} s\n{error}', flush=True)
             continue
-        report = list(changes(before, after))
-        print(f'{path.name}: {time.perf_counter() - start:.0f} s, ' + ('text outputs changed:' if report else 'text outputs as before'), *report, sep='\n' if report else '', flush=True)
         if not args.check:
             nbformat.write(after, path)
             subprocess.run(['nbdev_clean', '--fname', str(path)], check=True)
+        report = list(changes(before, after))
+        took = f'{path.name}: {time.perf_counter() - start:.0f} s'
+        print('\n'.join([f'{took}, text outputs changed:', *report] if report else [f'{took}, text outputs as before']), flush=True)
     if failed: print(f'failed: {", ".join(failed)}')
     sys.exit(bool(failed))
 
