@@ -57,7 +57,7 @@ from .compiling import keep_memory
 from .envs import MAX_TASKS, EnvConfig, sample_tasks
 from .evaluation import compare, evaluate_returns, evaluation_trajectories, expected_returns, interval_over, iqm, reference_returns, seed_intervals
 from .inner_loop import stack
-from .maml import MetaConfig, MetaLearner
+from .meta_learner import MetaConfig, MetaLearner
 from .plots import plot_adaptation, plot_experiment
 from .policy import PolicyConfig, SSMMetaPolicy
 from .rl2 import LEARNERS

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .envs import EnvConfig
-from .maml import MetaConfig, MetaMAML, query_losses
+from .meta_learner import MetaConfig
+from .maml import MetaMAML, query_losses
 from .policy import SSMMetaPolicy
 from .rollout import Trajectories
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .envs import EnvConfig
-from .maml import JointTraining, MetaConfig
+from .meta_learner import MetaConfig
+from .maml import JointTraining
 from .policy import SSMMetaPolicy
 from .relatives import LEARNERS
 from .rollout import Trajectories, discounted_sum

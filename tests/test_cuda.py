@@ -10,7 +10,7 @@ from ssm_metarl.compiling import CompiledStepper
 from ssm_metarl.cores import CORES
 from ssm_metarl.envs import EnvConfig, sample_tasks
 from ssm_metarl.inner_loop import stack
-from ssm_metarl.maml import MetaConfig
+from ssm_metarl.meta_learner import MetaConfig
 from ssm_metarl.pipeline import main
 from ssm_metarl.policy import PolicyConfig, SSMMetaPolicy
 from ssm_metarl.rl2 import LEARNERS

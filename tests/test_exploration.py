@@ -9,7 +9,8 @@ from test_maml import M, assert_same, make, tasks_of, trajectories
 
 from ssm_metarl.envs import EnvConfig
 from ssm_metarl.inner_loop import gradient_step, stack
-from ssm_metarl.maml import MetaConfig, MetaMAML, exploration_loss, query_gain
+from ssm_metarl.meta_learner import MetaConfig, exploration_loss, query_gain
+from ssm_metarl.maml import MetaMAML
 from ssm_metarl.policy import PolicyConfig, SSMMetaPolicy, action_log_prob
 from ssm_metarl.rollout import Trajectories, discounted_sum
 from ssm_metarl.policy_gradient import policy_surrogate

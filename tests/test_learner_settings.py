@@ -7,7 +7,8 @@ import torch
 
 from ssm_metarl.envs import EnvConfig, sample_tasks
 from ssm_metarl.inner_loop import gradient_step
-from ssm_metarl.maml import JointTraining, MetaConfig, MetaLearner, MetaMAML
+from ssm_metarl.meta_learner import MetaConfig, MetaLearner
+from ssm_metarl.maml import JointTraining, MetaMAML
 from ssm_metarl.policy import PolicyConfig, SSMMetaPolicy
 from ssm_metarl.rl2 import LEARNERS, RL2
 from ssm_metarl.rollout import collect

@@ -9,9 +9,10 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from ssm_metarl.envs import FAMILIES, EnvConfig, Family, register_family, sample_tasks
+from ssm_metarl.envs import FAMILIES, EnvConfig, Family, PointNavigation, register_family, sample_tasks
 from ssm_metarl.inner_loop import stack
-from ssm_metarl.maml import MetaConfig, MetaLearner, MetaMAML, inner_step, never_negative, trust_region
+from ssm_metarl.maml import JointTraining, MetaMAML
+from ssm_metarl.meta_learner import MetaConfig, MetaLearner, inner_step, never_negative, support_logp, trust_region
 from ssm_metarl.policy import PolicyConfig, SSMMetaPolicy, action_log_prob, kl_divergence
 from ssm_metarl.rollout import Rollout, collect, masked_mean, policy_inputs, require_finite
 from ssm_metarl.policy_gradient import advantages, gae, linear_baseline, normalise, policy_surrogate
@@ -108,6 +109,11 @@ def test_support_and_query_see_different_noise_and_each_step_new_noise():
     (support, _), *_ = trajectories(learner)[0]
     query = learner.collect_all(tasks_of(learner))[0][1][0]
     assert not torch.isclose(support.action[:, :, 0], query.action[:, :, 0]).any()
+    (_, (query, _)), adapted = learner.collect_all(tasks_of(learner))
+    def noise(params, traj):  # what was added to the mean of the first action
+        out = learner.policy.functional(params, policy_inputs(learner.policy, traj), reset=traj.memory_reset)
+        return ((traj.action - out['mean']) / out['log_std'].exp()).detach()[:, :, 0]
+    assert not torch.isclose(noise(stack(learner.params, M), support), noise(adapted, query)).any()
     learner.step = 1
     assert not torch.isclose(support.action[:, :, 0], learner.collect_all(tasks_of(learner))[0][0][0].action[:, :, 0]).any()
 
@@ -365,7 +371,6 @@ def test_a_wild_step_has_a_finite_penalty_and_a_gradient_that_leads_back():
 
 def test_joint_training_counts_what_would_follow_a_cut():
     "Returns and advantages against loops; an episode that ends by its own rules has nothing to follow."
-    from ssm_metarl.maml import JointTraining
     plain = make('MamlTestCorridor-v0', history=True)
     learner = JointTraining(plain.policy, plain.env, replace(plain.config, bootstrap=True, gamma=.9, gae_lambda=.7))
     tasks, params = tasks_of(learner), {k: v.detach() for k, v in learner.params.items()}
@@ -434,7 +439,6 @@ def test_the_compiled_step_names_tasks_that_are_not_finite_and_changes_nothing(m
 
 @pytest.mark.parametrize('cls', ['joint', 'rl2'])
 def test_joint_training_in_chunks_is_joint_training(cls):
-    from ssm_metarl.maml import JointTraining
     from ssm_metarl.rl2 import RL2
     def learner(**kw):
         plain = make(history=True)
@@ -495,3 +499,59 @@ def test_a_compiled_actor_does_what_the_policy_does(core, family, episodes):
         whole.run(params, 2), whole.recompute_memory(params, whole.run({k: 2 * v for k, v in params.items()}, 1))
         for a, b in zip(vars(parts.run(params, 2)).values(), vars(whole.run(params, 2)).values()): torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
     assert len(actor.graphs) == 4  # one or a set of parameters for each task, with noise or without
+
+
+# What an outer step leaves behind.
+
+def test_a_penalty_keeps_the_policy_that_collected_near():
+    def moved(**kw):
+        learner = make(outer_epochs=10, **kw)
+        before = {k: v.detach().clone() for k, v in learner.params.items()}
+        traj = collect(learner.policy, before, tasks_of(learner), learner.env, key=(0, 0))
+        learner.outer_step(tasks_of(learner))
+        change = support_logp(learner.policy, stack(learner.params, M), traj) - traj.logp
+        return masked_mean(never_negative(change), traj.mask).mean().item()
+    assert moved(inner_kl=10.) < .8 * moved()
+
+
+def test_adapt_takes_a_shared_start_and_an_inner_step_takes_one_rate_for_one_parameter():
+    learner = make()
+    traj = collect(learner.policy, learner.params, tasks_of(learner), learner.env)
+    adapted = learner.adapt(learner.params, traj)
+    for k, v in learner.adapt(stack(learner.params, M), traj).items(): assert torch.equal(v, adapted[k])
+    start = {k: v.detach().clone().requires_grad_() for k, v in stack(learner.params, M).items()}
+    for k, v in inner_step(learner.policy, start, traj, learner.config, lr={'action.bias': .3}).items():
+        assert torch.equal(v.detach(), adapted[k] if k == 'action.bias' else learner.params[k].detach().expand_as(v))
+    assert not torch.equal(adapted['action.bias'][0], adapted['action.bias'][1])  # tasks go different ways
+
+
+def test_joint_training_resumes_bit_for_bit():
+    plain = make()
+    first, second = (JointTraining(make().policy, plain.env, plain.config) for _ in range(2))
+    for step in range(2): first.outer_step(tasks_of(first, step))
+    second.load_state_dict(first.state_dict())
+    assert first.outer_step(tasks_of(first, 2)) == second.outer_step(tasks_of(second, 2))
+    assert_same(first.state_dict(), second.state_dict())
+
+
+if 'MamlTestPayday-v0' not in FAMILIES:
+    @register_family('MamlTestPayday-v0')
+    class Payday(PointNavigation):
+        "A task that pays 1 in every step and never ends."
+        def step(self, state, action, tasks, noise): return state, np.ones(len(state), np.float32), np.zeros(len(state), bool)
+        def observe(self, state, tasks): return np.zeros_like(state)
+
+
+@pytest.mark.parametrize('bootstrap', [False, True])
+def test_a_time_limit_belongs_to_the_task_or_only_cuts(bootstrap):
+    "1 in each step for ever is worth 1 / (1 - gamma); within five steps less, and without memory or clock the value is a mean over them."
+    plain = make(state=2, gamma=.8, outer_lr=.1, outer_lr_decay=True, outer_steps=120, inner_lr=.01)
+    learner = JointTraining(plain.policy, replace(plain.env, env_name='MamlTestPayday-v0', time_limit=5), replace(plain.config, bootstrap=bootstrap))
+    for step in range(120): learner.outer_step(tasks_of(learner, step))
+    value = collect(learner.policy, learner.params, tasks_of(learner), learner.env).value[0, 0].mean().item()
+    if bootstrap: assert value == pytest.approx(5, abs=.3)
+    else: assert value == pytest.approx(np.mean([(1 - .8**n) / .2 for n in (5, 4, 3, 2, 1)]), abs=.3)
+
+
+def test_one_complex_mode_cannot_be_compiled():
+    with pytest.raises(ValueError, match='a single complex mode.*take state_dim=4 or more'): make(compile=True).outer_step(tasks_of(make()))

@@ -9,7 +9,7 @@ import torch
 
 from ssm_metarl import pipeline
 from ssm_metarl.envs import register_family
-from ssm_metarl.maml import MetaConfig
+from ssm_metarl.meta_learner import MetaConfig
 from ssm_metarl.pipeline import EXPERIMENTS, AdaptConfig, ExperimentConfig, main, paired_differences, parse, provenance, run_experiment, to_json, train
 from ssm_metarl.policy import PolicyConfig
 

@@ -5,7 +5,8 @@ import torch
 from test_maml import K, M, gradient, make, tasks_of, trajectories  # registers the corridor, too
 
 from ssm_metarl.envs import EnvConfig, sample_tasks
-from ssm_metarl.maml import JointTraining, MetaConfig
+from ssm_metarl.meta_learner import MetaConfig
+from ssm_metarl.maml import JointTraining
 from ssm_metarl.policy import PolicyConfig, SSMMetaPolicy, action_log_prob, entropy, kl_divergence
 from ssm_metarl.rl2 import RL2
 from ssm_metarl.rollout import collect, discounted_sum, policy_inputs
