@@ -11,15 +11,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ssm_metarl.inner_loop import stack
-from ssm_metarl.meta_learner import (EVERYBODY, CompiledStep, MetaConfig, MetaLearner,
+from .inner_loop import stack
+from .meta_learner import (EVERYBODY, CompiledStep, MetaConfig, MetaLearner,
                                      TrustRegionStep, by_steps, in_chunks, inner_step, mean_steps,
                                      returns_variance, support_logp, support_terms)
-from ssm_metarl.policy import SSMMetaPolicy, action_log_prob, entropy
-from ssm_metarl.rollout import (Rollout, Trajectories, collect,
-    discounted_sum, masked_mean, policy_inputs,)
+from .policy import SSMMetaPolicy, action_log_prob, entropy
+from ssm_metarl.rollout import (Rollout, Trajectories, collect, discounted_sum, masked_mean,
+    policy_inputs,
     require_finite)
-from ssm_metarl.policy_gradient import advantages, policy_surrogate, value_loss
+from .policy_gradient import advantages, policy_surrogate, value_loss
 
 # %% ../nbs/04_maml.ipynb #04m10019
 def query_losses(
