@@ -21,7 +21,7 @@ from .cores import CORES, core_config
 from .files import LayerConfig, check_counts, plain_numbers
 from .linear import between, linear, product
 
-# %% ../nbs/01_policy.ipynb #01p0032
+# %% ../nbs/01_policy.ipynb #01p0031
 def action_log_prob(
     outputs: dict, # of a policy: 'logits', or 'mean' and 'log_std', [..., A]
     action: Tensor, # int [...], or [..., A]
@@ -33,7 +33,7 @@ def action_log_prob(
     z = (action - outputs['mean']) * (-outputs['log_std']).exp()
     return -(0.5 * z * z + outputs['log_std'] + 0.5 * math.log(2 * math.pi)).sum(-1)
 
-# %% ../nbs/01_policy.ipynb #01p0034
+# %% ../nbs/01_policy.ipynb #01p0033
 def entropy(
     outputs: dict, # of a policy: 'logits', or 'mean' and 'log_std', [..., A]
 ) -> Tensor: # [...], in nats
@@ -43,7 +43,7 @@ def entropy(
         return -(logp.exp() * logp.masked_fill(logp == -math.inf, 0)).sum(-1)
     return (outputs['log_std'] + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
 
-# %% ../nbs/01_policy.ipynb #01p0036
+# %% ../nbs/01_policy.ipynb #01p0035
 def kl_divergence(
     p: dict, # outputs of one policy
     q: dict, # outputs of another at the same observations
@@ -56,7 +56,7 @@ def kl_divergence(
     z = (p['mean'] - q['mean']) * (-q['log_std']).exp()
     return 0.5 * (log_ratio.exp() + z * z - 1 - log_ratio).sum(-1)
 
-# %% ../nbs/01_policy.ipynb #01p0039
+# %% ../nbs/01_policy.ipynb #01p0038
 def choose_action(
     outputs: dict, # of a policy: 'logits', or 'mean' and 'log_std', [..., A]
     noise: Tensor = None, # standard normal [..., A], or Gumbel [..., A] for logits; None: no noise
@@ -67,7 +67,7 @@ def choose_action(
         return (logits if noise is None else logits + noise).argmax(-1)
     return outputs['mean'] if noise is None else outputs['mean'] + outputs['log_std'].exp() * noise
 
-# %% ../nbs/01_policy.ipynb #01p0041
+# %% ../nbs/01_policy.ipynb #01p0040
 @dataclass(frozen=True)
 class PolicyConfig:
     "Sizes and initial values of an `SSMMetaPolicy`. Raises ValueError for impossible ones."
@@ -94,7 +94,7 @@ class PolicyConfig:
         "What the core is built from."
         return core_config(self.core, self.hidden_dim, self.state_dim, init=self.init)
 
-# %% ../nbs/01_policy.ipynb #01p0043
+# %% ../nbs/01_policy.ipynb #01p0042
 def _check_tasks(weight, obs):  # W [H, O] or [M, H, O] of the encoder; obs [..., O] or [M, ..., O]
     if weight.dim() == 3 and len(weight) != len(obs):
         raise ValueError(f'parameters of {len(weight)} tasks for observations of {len(obs)}: '
@@ -109,7 +109,7 @@ def encode(
     _check_tasks(params['encoder.weight'], obs)
     return F.relu(linear(obs, params['encoder.weight'], params['encoder.bias']))
 
-# %% ../nbs/01_policy.ipynb #01p0045
+# %% ../nbs/01_policy.ipynb #01p0044
 def _merged_mixer(params):  # weight [H, H] or [M, H, H] and bias of the mixer on standardised input
     weight = params['mixer.weight']
     shift = (weight @ params['norm.bias'].unsqueeze(-1)).squeeze(-1)
@@ -132,7 +132,7 @@ def heads(
     log_std = between(params['log_std'], out).clamp(min=min_log_std).expand_as(out)
     return dict(mean=out, log_std=log_std, value=value, features=features)
 
-# %% ../nbs/01_policy.ipynb #01p0049
+# %% ../nbs/01_policy.ipynb #01p0048
 def _empty_linear(*sizes):  # the usual initialisation would draw from the global generator
     return nn.utils.skip_init(nn.Linear, *sizes, device=torch.get_default_device())
 
@@ -217,7 +217,7 @@ class PolicyNetwork(nn.Module):
         "Features of a batch, which test-time adaptation monitors."
         return self(batch['obs'] if isinstance(batch, Mapping) else batch)['features']
 
-# %% ../nbs/01_policy.ipynb #01p0051
+# %% ../nbs/01_policy.ipynb #01p0050
 def _fixed_linear(weight, bias):  # `linear` for many calls: a function x [..., D] -> [..., H]
     if weight.dim() == 2: return lambda x: F.linear(x, weight, bias)
     W, add = weight.mT.contiguous(), bias.unsqueeze(-2)
@@ -252,7 +252,7 @@ def fixed_heads(
         return dict(mean=out, log_std=wide, value=value, features=features)
     return outputs
 
-# %% ../nbs/01_policy.ipynb #01p0053
+# %% ../nbs/01_policy.ipynb #01p0052
 def _float_bounds(space):  # lowest and highest float64 numbers that the space's dtype holds, [A]
     low, high = space.low.astype(np.float64), space.high.astype(np.float64)
     if space.dtype.kind in 'iu':  # the nearest float64 may lie beyond a large integer
@@ -277,7 +277,7 @@ def action_units(
     units = centre, scale, low, high
     return tuple(float(x[0]) if (x == x[0]).all() else x for x in units)  # one number is faster
 
-# %% ../nbs/01_policy.ipynb #01p0054
+# %% ../nbs/01_policy.ipynb #01p0053
 def scale_action(
     action: np.ndarray, # what the policy chose, [..., A] in units of half the action range
     space: spaces.Box, # actions of the environment
@@ -293,7 +293,7 @@ def scale_action(
     # float64 skips some large integers
     return np.rint(action).astype(space.dtype).clip(space.low, space.high)
 
-# %% ../nbs/01_policy.ipynb #01p0056
+# %% ../nbs/01_policy.ipynb #01p0055
 def _is_vector(space):  # a Box of at least one number, in one dimension
     return isinstance(space, spaces.Box) and len(space.shape) == 1 and space.shape[0] > 0
 

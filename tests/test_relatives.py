@@ -7,7 +7,7 @@ import torch
 from test_maml import K, M, T, assert_same, fail_in_third_epoch, pick, poison_query, poison_support, tasks_of, trajectories
 
 from ssm_metarl.envs import EnvConfig
-from ssm_metarl.meta_learner import MetaConfig
+from ssm_metarl.meta_learner import MetaConfig, mean_steps
 from ssm_metarl.maml import MetaMAML
 from ssm_metarl.policy import PolicyConfig, SSMMetaPolicy, action_log_prob, entropy
 from ssm_metarl.relatives import ANIL, LEARNERS, MetaSGD, Reptile
@@ -132,7 +132,8 @@ def test_chunks_change_nothing(cls, case):
 
 @pytest.mark.parametrize('cls, case', RELATIVES, ids=str)
 def test_resume_is_exact_and_a_state_must_fit(cls, case):
-    learner, other = make(cls, **case), make(cls, **case)
+    learner, other = make(cls, **case), make(cls, seed=5, **case)
+    other.env = learner.env  # begun from another seed, it goes on from the save
     for step in range(2): learner.outer_step(tasks_of(learner, step))
     shake(other)
     other.load_state_dict(saved := learner.state_dict())
@@ -142,6 +143,7 @@ def test_resume_is_exact_and_a_state_must_fit(cls, case):
     assert ('params/log_step.log_std' in saved) == (cls == 'meta-sgd')
     if cls == 'meta-sgd':
         assert 'optimizer/log_step.log_std/exp_avg' in saved and not np.array_equal(saved['params/log_step.log_std'], learner.state_dict()['params/log_step.log_std'])
+        with pytest.raises(ValueError, match='log_step.action.bias has shape None in this state'): make('meta-sgd').load_state_dict(make('maml').state_dict())
         with pytest.raises(ValueError, match=r"log_step.* has shape \(2,\) in this state, and this policy needs None"): make('maml').load_state_dict({k: v for k, v in saved.items() if 'log_step.' not in k or 'log_std' in k})
 
 
@@ -195,6 +197,15 @@ def test_step_sizes_stay_positive_and_have_a_rate_of_their_own():
     torch.testing.assert_close(change.abs().median(), torch.tensor(.1, dtype=change.dtype), rtol=.01, atol=0)  # the first step of Adam
 
 
+def test_reptile_measures_the_query_in_units_of_the_query():
+    "A chunk is told the units of all sets; the whole batch finds them by itself."
+    learner = make('reptile', name='MamlTestCorridor-v0', inner_steps=2)
+    support, query, advantage = trajectories(learner)
+    units = torch.stack([mean_steps(t) for t in (*(t for t, _ in support), query)])
+    assert units[0] != units[-1]
+    for a, b in zip(learner.outer_loss(support, query, advantage), learner.outer_loss(support, query, advantage, steps=units)): torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
 def test_reptile_finds_the_start_that_is_near_to_all_ends():
     "Where there is nothing to learn from, the start stays; and its config is the caller's."
     learner = make('reptile', inner_steps=2)
@@ -207,7 +218,13 @@ def test_reptile_finds_the_start_that_is_near_to_all_ends():
 
 
 def test_bad_settings_are_refused():
-    for cls, kw, message in (('reptile', dict(), 'inner_steps=1: Reptile with one inner step is joint training'), ('anil', dict(head=''), "head='': it names no parameter"), ('anil', dict(head='log_std', name='MamlTestCorridor-v0'), "head='log_std': it names no parameter")):
+    for cls, kw, message in (('reptile', dict(), 'inner_steps=1: Reptile with one inner step is joint training; take 2 or more'),
+                             ('reptile', dict(inner_steps=2, clip=.1, outer='trpo'), "Reptile does not use outer='trpo', clip=0.1 with these settings; leave it at outer='ppo', clip=0.2"),
+                             ('anil', dict(head=''), "head='': it names no parameter"),
+                             ('anil', dict(head='action.* mixr.*'), 'mixr.[*] names no parameter'),
+                             ('anil', dict(head='value.*'), 'names no parameter'),
+                             ('anil', dict(head='log_std', name='MamlTestCorridor-v0'), "head='log_std': it names no parameter"),
+                             ('meta-sgd', dict(outer='trpo'), "MetaSGD does not use outer='trpo' with these settings")):
         with pytest.raises(ValueError, match=message): make(cls, **kw)
     policy = make('maml').policy
     assert Reptile(policy, make('maml').env).config.inner_steps == 2  # its default config is one that it can work with
