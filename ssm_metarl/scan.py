@@ -104,7 +104,9 @@ def _states(
     return out
 
 
-_one_operation = torch.library.custom_op('ssm_metarl::states', _states, mutates_args=())
+# a name for each module: this notebook's operation must not replace that of the library
+_name = f'{__name__.replace(".", "_")}::states'
+_one_operation = torch.library.custom_op(_name, _states, mutates_args=())
 
 
 @_one_operation.register_fake

@@ -521,3 +521,19 @@ def test_a_failed_save_harms_nothing(tmp_path, monkeypatch):
 def test_self_check_as_a_program():
     done = subprocess.run([sys.executable, '-m', 'ssm_metarl.ssm'], capture_output=True, text=True)
     assert done.returncode == 0 and [line.split()[0] for line in done.stdout.splitlines()] == ['ok'] * 5, done.stderr
+
+
+def test_a_notebook_that_defines_the_scan_again_leaves_the_librarys_alone():
+    "A kernel that runs the cells of the notebook registers its own operation; the library's must not become that one."
+    from pathlib import Path
+
+    from torch.fx.experimental.proxy_tensor import make_fx
+    b = torch.randn(2, 5, 3)
+    traced = lambda f: make_fx(lambda b: f(torch.tensor(.5), b), tracing_mode='fake')(b)(b)
+    cells = json.loads((Path(__file__).parent.parent / 'nbs' / '00_scan.ipynb').read_text(encoding='utf-8'))['cells']
+    kernel = {'__name__': '__main__'}
+    for source in (''.join(cell['source']) for cell in cells if cell['cell_type'] == 'code'):
+        if source.startswith('#| export'): exec(source, kernel)
+    torch.testing.assert_close(traced(kernel['scan']), scan(torch.tensor(.5), b))
+    kernel.clear()  # the kernel ends
+    torch.testing.assert_close(traced(scan), scan(torch.tensor(.5), b))
