@@ -68,7 +68,7 @@ def body_lines(function):
 
 def long_code(cell):
     "What of a cell's code is too long to be read."
-    lines = [line for line in source(cell).splitlines() if not line.startswith('#|')]
+    lines = source(cell).splitlines()
     if (widest := max(map(len, lines), default=0)) > MAX_COLUMNS: yield f'has a line of {widest} columns; at most {MAX_COLUMNS}'
     if not exports(cell): return
     found = definitions(cell)
