@@ -46,6 +46,7 @@ def read_npz(
         with np.load(path, allow_pickle=False) as file: arrays = {k: file[k] for k in file.files}
         header = json.loads(str(arrays.pop('header')))
         found, written = header['format'], header['format_version']
+        if type(written) is not int: raise TypeError('format_version is not an integer')
     except FileNotFoundError:
         raise ValueError(f'{path} does not exist; check the path') from None
     except (IsADirectoryError, PermissionError) as error:
