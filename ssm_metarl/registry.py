@@ -35,9 +35,11 @@ class Registry(dict):
                  kind: str, # what it holds, in words: 'memory'
                  field: str, # of a configuration in which a name stands: 'core'
                  decorator: str, # what adds to it: 'register_core'
+                 base: type = None, # of which its classes are subclasses; None: of any
                  entries: dict = {}): # name -> value, or the module of this library that adds it
         super().__init__(entries)
         self.kind, self.field, self.decorator = kind, field, decorator
+        self.base = base
         self.makers, self.origins = {}, {}  # name -> what was decorated; the plug-in that did it
         REGISTRIES[field] = self
 
@@ -45,16 +47,27 @@ class Registry(dict):
             name: str, # new, or that of the same definition
             value, # to be found under this name
             maker=None): # class or function that was decorated; None: the value itself
-        "Raises ValueError for a name that is taken, TypeError for a name that is no text."
+        "Raises ValueError for a name that is taken."
         maker = value if maker is None else maker
-        if not isinstance(name, str):
-            raise TypeError(f"name={name!r:.80} is no text; write @{self.decorator}('a name')")
         if owner := self._taken(name, maker):
             raise ValueError(f'{self.kind} {name!r} is registered already, by {owner}; '
                              f'choose a name beside {self.known()}')
         self[name], self.makers[name] = value, maker
         if _loading: self.origins[name] = _loading[-1]
         else: self.origins.pop(name, None)
+
+    def register(self,
+                 name: str): # class decorator
+        "Raises TypeError for a name that is no text, and for a class of another kind."
+        if not isinstance(name, str):
+            raise TypeError(f"name={name!r:.80} is no text; write @{self.decorator}('a name')")
+        def decorate(cls):
+            if self.base and not (isinstance(cls, type) and issubclass(cls, self.base)):
+                raise TypeError(f'{getattr(cls, "__name__", cls)!s:.80} is not a subclass of '
+                                f'{self.base.__name__}, as a {self.kind} must be')
+            self.add(name, cls)
+            return cls
+        return decorate
 
     def _taken(self, name, maker):  # by whom, if it is not this maker
         reserved = isinstance(self.get(name), str)  # for a module of the library
@@ -73,6 +86,7 @@ class Registry(dict):
             if missing_ok: return
             raise ValueError(f'{name!r} is not one of the registered names {self.known()}')
         for table in (self, self.makers, self.origins): dict.pop(table, name, None)
+
 
     def find(self,
              name: str): # of an entry
