@@ -16,6 +16,7 @@ from . import __version__
 from .config import ExperimentConfig, config_from_dict
 from .files import read_npz, write_npz
 from .meta_learner import LEARNERS, MetaLearner
+from .registry import PLUGINS
 
 # %% ../nbs/08a_checkpoints.ipynb #08a00006
 FORMAT, FORMAT_VERSION = 'ssm_metarl checkpoint', 1
@@ -31,7 +32,9 @@ def save_checkpoint(
     state: dict, # of the learner: flat dict of arrays
 ):
     "Write a checkpoint: the file is whole or not there."
-    write_npz(path, dict(format=FORMAT, format_version=FORMAT_VERSION, library_version=__version__, config=asdict(config)), state)
+    header = dict(format=FORMAT, format_version=FORMAT_VERSION, library_version=__version__,
+                  plugins=config.plugins, config=asdict(config))
+    write_npz(path, header, state)
 
 # %% ../nbs/08a_checkpoints.ipynb #08a00009
 def load_checkpoint(
@@ -40,8 +43,10 @@ def load_checkpoint(
     "Read a checkpoint; CheckpointError says what is wrong with it."
     try:
         header, state = read_npz(path, FORMAT, FORMAT_VERSION)
+        missing = [name for name in header.get('plugins', []) if name not in PLUGINS]
         return config_from_dict(ExperimentConfig(), header['config']), state
-    except (ValueError, KeyError) as error: raise CheckpointError(f'checkpoint: {error}') from None
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f'checkpoint: {error}') from None
 
 # %% ../nbs/08a_checkpoints.ipynb #08a00011
 def check_device(
