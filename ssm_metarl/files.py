@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_HEADER', 'MAX_DIRECTORY', 'KINDS', 'SMALL_SIZE', 'write_text_whole', 'write_npz', 'read_npz', 'check_members',
            'to_json', 'read_text', 'read_lines', 'append_line', 'writable_folder', 'folder_lock', 'plain_numbers',
-           'check_counts', 'LayerConfig', 'check_sizes', 'shapes_without_memory', 'Persistent']
+           'check_type', 'check_fields', 'as_saved', 'check_sizes', 'shapes_without_memory']
 
 # %% ../nbs/00_files.ipynb #00f00102
 import errno
@@ -22,6 +22,7 @@ import warnings
 import zipfile
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -451,29 +452,43 @@ def plain_numbers(
     for f in fields(config):
         object.__setattr__(config, f.name, _plain(f.name, getattr(config, f.name)))
 
-# %% ../nbs/00_files.ipynb #00f00021
-def check_counts(
-    config, # with these fields
-    *names: str, # of fields that count something
+# %% ../nbs/00_files.ipynb #00f0m01
+def check_type(
+    owner: str, # name of the class, for the message
+    name: str, # of a field
+    value, # that it shall hold
+    kind, # its type
 ):
-    "Raises ValueError for a field that is not a positive int."
-    for name in names:
-        value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f'{name}={value!r:.80} is not a positive int')
+    "Raises ValueError if a field of a config cannot hold a value; an int may stand where a float is declared."
+    origin = typing.get_origin(kind)
+    allowed = origin if isinstance(origin, type) and origin is not types.UnionType else kind  # dict[str, int] -> dict
+    number = type(value) is int and kind is float
+    stray = isinstance(value, bool) and bool not in (kind, *typing.get_args(kind))  # a bool is an int
+    if stray or not (number or isinstance(value, allowed)):
+        raise ValueError(f'{owner}.{name}={repr(value)[:80]} is not of type {getattr(kind, "__name__", kind)}')
 
-# %% ../nbs/00_files.ipynb #00f00023
-@dataclass(frozen=True)
-class LayerConfig:
-    "Sizes of a layer with a memory. Raises ValueError for a size that is not a positive int."
-    input_dim: int # D, features in
-    state_dim: int = 64 # N, real numbers of state
-    output_dim: int = None # H, features out; None: as many as in
+# %% ../nbs/00_files.ipynb #00f0m02
+def check_fields(
+    config, # a dataclass
+):
+    "Raises ValueError for a field with a value of another type than it is declared with."
+    cls = type(config)
+    for name, kind in typing.get_type_hints(cls).items(): check_type(cls.__name__, name, getattr(config, name), kind)
 
-    def __post_init__(self):
-        plain_numbers(self)
-        if self.output_dim is None: object.__setattr__(self, 'output_dim', self.input_dim)
-        check_counts(self, 'input_dim', 'state_dim', 'output_dim')
+# %% ../nbs/00_files.ipynb #00f0m03
+def as_saved(
+    value, # of an option: numbers, strings, None, lists and dicts of them
+    name: str = 'env_options', # for the message
+): # the same, with lists for tuples and plain numbers for NumPy's
+    "A value in the form in which it comes back from a file. Raises ValueError for what a file cannot hold."
+    if isinstance(value, dict) and all(isinstance(k, str) for k in value):
+        return {k: as_saved(v, f'{name}[{k!r}]') for k, v in value.items()}
+    if isinstance(value, (list, tuple)): return [as_saved(v, f'{name}[{i}]') for i, v in enumerate(value)]
+    value = value.item() if isinstance(value, np.generic) else value
+    finite = isinstance(value, float) and math.isfinite(value)
+    if value is None or finite or isinstance(value, (bool, int, str)): return value
+    raise ValueError(f'{name}={repr(value)[:80]} cannot be kept in a file; '
+                     'give finite numbers, strings, lists, or dicts with strings as keys')
 
 # %% ../nbs/00_files.ipynb #00f00150
 SMALL_SIZE = 4096  # of a layer that costs little memory
@@ -513,64 +528,31 @@ def shapes_without_memory(
             return {name: tuple(p.shape) for name, p in make().named_parameters()}
     except Exception: return None  # its constructor needs numbers; or the module is impossible
 
-# %% ../nbs/00_files.ipynb #00f00155
-class Persistent(nn.Module):
-    """A module with a `config`, whose parameters go to arrays or a file and come back bit for
-    bit; a subclass names its `format`, `format_version` and `config_class`."""
+# %% ../nbs/00_files.ipynb #00f00154
+def _check_stored(cls, header, stored):  # does a file fit a class? before its numbers are read
+    try:
+        config = header.get('config')
+        if type(config) is not dict: raise ValueError('its header holds no config')
+        check_sizes(config, stored)
+        config = cls.config_class(**config)
+        kinds = sorted({dtype for dtype, _ in stored.values()})
+        if len(kinds) != 1 or not kinds[0].startswith('float'):
+            found = ' and '.join(kinds) or 'missing'
+            raise ValueError(f'parameters are {found}; all must be of one floating type')
+        shapes = shapes_without_memory(lambda: cls(config))
+        if shapes: check_members(stored, {k: (None, shape) for k, shape in shapes.items()})
+    except Exception as error:
+        raise ValueError(f'does not describe a {cls.__name__}: {error}') from error
 
-    def get_parameters(self) -> dict: # name -> NumPy array, copies
-        "All parameters. Raises ValueError for bfloat16, which NumPy does not know."
-        for k, v in self.named_parameters():
-            if v.dtype == torch.bfloat16:
-                raise ValueError(f'{k} is torch.bfloat16, which NumPy does not know; '
-                                 'call .float() on the module first')
-        return {k: v.detach().cpu().numpy().copy() for k, v in self.named_parameters()}
-
-    def set_parameters(self,
-                       values: dict): # name -> array or tensor, all of them
-        """Overwrite all parameters. Raises ValueError if a name or a shape does not fit; then
-        nothing was changed."""
-        own = dict(self.named_parameters())
-        if own.keys() != values.keys():
-            raise ValueError(f'parameters {sorted(values)} given; this model has {sorted(own)}')
-        for k, v in values.items():
-            if tuple(v.shape) != tuple(own[k].shape):
-                raise ValueError(f'{k} is {list(v.shape)}; this model needs {list(own[k].shape)}')
-        with torch.no_grad():
-            for k, v in values.items(): own[k].copy_(torch.as_tensor(v))
-
-    def save(self,
-             path): # of the .npz file
-        "Write config and parameters, atomically."
-        header = dict(
-            format=self.format, format_version=self.format_version, config=asdict(self.config)
-        )
-        write_npz(path, header, self.get_parameters())
-
-    @classmethod
-    def load(cls,
-             path): # of a file that `save` wrote
-        """The module as it was saved. Raises ValueError, in one line, for a file that is
-        missing, damaged, of another format, or newer."""
-        header, values = read_npz(path, cls.format, cls.format_version, cls._check, finite=True)
-        try:
-            module = cls(cls.config_class(**header['config']))
-            module.to(torch.from_numpy(next(iter(values.values()))).dtype).set_parameters(values)
-        except Exception as error:
-            raise ValueError(f'{path} does not describe a {cls.__name__}: {error}') from error
-        return module
-
-    @classmethod
-    def _check(cls, header, stored):  # before any of the numbers is read
-        try:
-            config = header.get('config')
-            if type(config) is not dict: raise ValueError('its header holds no config')
-            check_sizes(config, stored)
-            config = cls.config_class(**config)
-            kinds = sorted({dtype for dtype, _ in stored.values()})
-            if len(kinds) != 1 or not kinds[0].startswith('float'):
-                raise ValueError(f'parameters are {", ".join(kinds) or "missing"}, not one float')
-            shapes = shapes_without_memory(lambda: cls(config))
-            if shapes: check_members(stored, {k: (None, shape) for k, shape in shapes.items()})
-        except Exception as error:
-            raise ValueError(f'does not describe a {cls.__name__}: {error}') from error
+# %% ../nbs/00_files.ipynb #00f00156
+def to_json(
+    value, # dict, list or tuple of plain and of NumPy's values
+    **options, # of `json.dumps`
+) -> str:
+    "JSON that every reader takes: null for a number that is not finite, lists for arrays."
+    def plain(x):
+        if isinstance(x, dict): return {k: plain(v) for k, v in x.items()}
+        if isinstance(x, (list, tuple)): return [plain(v) for v in x]
+        if isinstance(x, (np.ndarray, np.generic)): return plain(x.tolist())
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+    return json.dumps(plain(value), allow_nan=False, **options)
