@@ -1,4 +1,4 @@
 "`python -m ssm_metarl` is the command line."
-from ssm_metarl.pipeline import main
+from ssm_metarl.cli import main
 
 if __name__ == '__main__': raise SystemExit(main())

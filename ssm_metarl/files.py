@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MAX_HEADER', 'MAX_DIRECTORY', 'KINDS', 'SMALL_SIZE', 'write_text_whole', 'write_npz', 'read_npz', 'check_members',
            'to_json', 'read_text', 'read_lines', 'append_line', 'writable_folder', 'folder_lock', 'plain_numbers',
-           'check_type', 'check_fields', 'as_saved', 'check_sizes', 'shapes_without_memory']
+           'check_type', 'check_fields', 'as_saved', 'check_counts', 'LayerConfig', 'check_sizes',
+           'shapes_without_memory', 'Persistent']
 
 # %% ../nbs/00_files.ipynb #00f00102
 import errno
@@ -18,6 +19,8 @@ import secrets
 import stat
 import struct
 import tempfile
+import types
+import typing
 import warnings
 import zipfile
 from contextlib import contextmanager, suppress
@@ -452,45 +455,75 @@ def plain_numbers(
     for f in fields(config):
         object.__setattr__(config, f.name, _plain(f.name, getattr(config, f.name)))
 
-# %% ../nbs/00_files.ipynb #00f0m01
+# %% ../nbs/00_files.ipynb #00f00149
 def check_type(
     owner: str, # name of the class, for the message
     name: str, # of a field
     value, # that it shall hold
     kind, # its type
-):
-    "Raises ValueError if a field of a config cannot hold a value; an int may stand where a float is declared."
+) -> None:
+    """Raises ValueError if a field of a config cannot hold a value; an int may stand where a
+    float is declared."""
     origin = typing.get_origin(kind)
-    allowed = origin if isinstance(origin, type) and origin is not types.UnionType else kind  # dict[str, int] -> dict
+    is_plain = isinstance(origin, type) and origin is not types.UnionType
+    allowed = origin if is_plain else kind  # dict[str, int] -> dict
     number = type(value) is int and kind is float
-    stray = isinstance(value, bool) and bool not in (kind, *typing.get_args(kind))  # a bool is an int
+    stray = isinstance(value, bool) and bool not in (kind, *typing.get_args(kind))  # it is an int
     if stray or not (number or isinstance(value, allowed)):
-        raise ValueError(f'{owner}.{name}={repr(value)[:80]} is not of type {getattr(kind, "__name__", kind)}')
+        wanted = getattr(kind, '__name__', kind)
+        raise ValueError(f'{owner}.{name}={repr(value)[:80]} is not of type {wanted}')
 
-# %% ../nbs/00_files.ipynb #00f0m02
+# %% ../nbs/00_files.ipynb #00f00150
 def check_fields(
     config, # a dataclass
-):
+) -> None:
     "Raises ValueError for a field with a value of another type than it is declared with."
     cls = type(config)
-    for name, kind in typing.get_type_hints(cls).items(): check_type(cls.__name__, name, getattr(config, name), kind)
+    for name, kind in typing.get_type_hints(cls).items():
+        check_type(cls.__name__, name, getattr(config, name), kind)
 
-# %% ../nbs/00_files.ipynb #00f0m03
+# %% ../nbs/00_files.ipynb #00f00151
 def as_saved(
     value, # of an option: numbers, strings, None, lists and dicts of them
     name: str = 'env_options', # for the message
 ): # the same, with lists for tuples and plain numbers for NumPy's
-    "A value in the form in which it comes back from a file. Raises ValueError for what a file cannot hold."
+    """A value in the form in which it comes back from a file. Raises ValueError for what a file
+    cannot hold."""
     if isinstance(value, dict) and all(isinstance(k, str) for k in value):
         return {k: as_saved(v, f'{name}[{k!r}]') for k, v in value.items()}
-    if isinstance(value, (list, tuple)): return [as_saved(v, f'{name}[{i}]') for i, v in enumerate(value)]
+    if isinstance(value, (list, tuple)):
+        return [as_saved(v, f'{name}[{i}]') for i, v in enumerate(value)]
     value = value.item() if isinstance(value, np.generic) else value
     finite = isinstance(value, float) and math.isfinite(value)
     if value is None or finite or isinstance(value, (bool, int, str)): return value
     raise ValueError(f'{name}={repr(value)[:80]} cannot be kept in a file; '
                      'give finite numbers, strings, lists, or dicts with strings as keys')
 
-# %% ../nbs/00_files.ipynb #00f00150
+# %% ../nbs/00_files.ipynb #00f00021
+def check_counts(
+    config, # with these fields
+    *names: str, # of fields that count something
+):
+    "Raises ValueError for a field that is not a positive int."
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f'{name}={value!r:.80} is not a positive int')
+
+# %% ../nbs/00_files.ipynb #00f00023
+@dataclass(frozen=True)
+class LayerConfig:
+    "Sizes of a layer with a memory. Raises ValueError for a size that is not a positive int."
+    input_dim: int # D, features in
+    state_dim: int = 64 # N, real numbers of state
+    output_dim: int = None # H, features out; None: as many as in
+
+    def __post_init__(self):
+        plain_numbers(self)
+        if self.output_dim is None: object.__setattr__(self, 'output_dim', self.input_dim)
+        check_counts(self, 'input_dim', 'state_dim', 'output_dim')
+
+# %% ../nbs/00_files.ipynb #00f00154
 SMALL_SIZE = 4096  # of a layer that costs little memory
 
 
@@ -506,7 +539,7 @@ def check_sizes(
         if is_size and type(value) is int and value > max(SMALL_SIZE, 2 * largest):
             raise ValueError(f'{name}={value!r:.40} does not fit arrays of at most {largest} rows')
 
-# %% ../nbs/00_files.ipynb #00f00152
+# %% ../nbs/00_files.ipynb #00f00156
 class _NoNumbers(TorchFunctionMode):  # tensors without numbers, whatever device is asked for
     FILLING = {'normal_', 'uniform_', 'copy_', 'zero_', 'fill_'}
 
@@ -528,7 +561,7 @@ def shapes_without_memory(
             return {name: tuple(p.shape) for name, p in make().named_parameters()}
     except Exception: return None  # its constructor needs numbers; or the module is impossible
 
-# %% ../nbs/00_files.ipynb #00f00154
+# %% ../nbs/00_files.ipynb #00f00158
 def _check_stored(cls, header, stored):  # does a file fit a class? before its numbers are read
     try:
         config = header.get('config')
@@ -544,15 +577,51 @@ def _check_stored(cls, header, stored):  # does a file fit a class? before its n
     except Exception as error:
         raise ValueError(f'does not describe a {cls.__name__}: {error}') from error
 
-# %% ../nbs/00_files.ipynb #00f00156
-def to_json(
-    value, # dict, list or tuple of plain and of NumPy's values
-    **options, # of `json.dumps`
-) -> str:
-    "JSON that every reader takes: null for a number that is not finite, lists for arrays."
-    def plain(x):
-        if isinstance(x, dict): return {k: plain(v) for k, v in x.items()}
-        if isinstance(x, (list, tuple)): return [plain(v) for v in x]
-        if isinstance(x, (np.ndarray, np.generic)): return plain(x.tolist())
-        return None if isinstance(x, float) and not math.isfinite(x) else x
-    return json.dumps(plain(value), allow_nan=False, **options)
+# %% ../nbs/00_files.ipynb #00f00160
+class Persistent(nn.Module):
+    """A module with a `config`, whose parameters go to arrays or a file and come back bit for
+    bit; a subclass names its `format`, `format_version` and `config_class`."""
+
+    def get_parameters(self) -> dict: # name -> NumPy array, copies
+        "All parameters. Raises ValueError for bfloat16, which NumPy does not know."
+        for k, v in self.named_parameters():
+            if v.dtype == torch.bfloat16:
+                raise ValueError(f'{k} is torch.bfloat16, which NumPy does not know; '
+                                 'call .float() on the module first')
+        return {k: v.detach().cpu().numpy().copy() for k, v in self.named_parameters()}
+
+    def set_parameters(self,
+                       values: dict): # name -> array or tensor, all of them
+        """Overwrite all parameters. Raises ValueError if a name or a shape does not fit; then
+        nothing was changed."""
+        own = dict(self.named_parameters())
+        if own.keys() != values.keys():
+            raise ValueError(f'parameters {sorted(values)} given; this model has {sorted(own)}')
+        for k, v in values.items():
+            if tuple(v.shape) != tuple(own[k].shape):
+                raise ValueError(f'{k} is {list(v.shape)}; this model needs {list(own[k].shape)}')
+        with torch.no_grad():
+            for k, v in values.items(): own[k].copy_(torch.as_tensor(v))
+
+    def save(self,
+             path): # of the .npz file
+        "Write config and parameters, atomically."
+        header = dict(
+            format=self.format, format_version=self.format_version, config=asdict(self.config)
+        )
+        write_npz(path, header, self.get_parameters())
+
+    @classmethod
+    def load(cls,
+             path): # of a file that `save` wrote
+        """The module as it was saved. Raises ValueError, in one line, for a file that is
+        missing, damaged, of another format, or newer."""
+        header, values = read_npz(
+            path, cls.format, cls.format_version, partial(_check_stored, cls), finite=True
+        )
+        try:
+            module = cls(cls.config_class(**header['config']))
+            module.to(torch.from_numpy(next(iter(values.values()))).dtype).set_parameters(values)
+        except Exception as error:
+            raise ValueError(f'{path} does not describe a {cls.__name__}: {error}') from error
+        return module
