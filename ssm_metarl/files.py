@@ -115,6 +115,9 @@ class _Refused(Exception): "Why a file is refused: what follows its path in the 
 class _Damaged(Exception): "What is wrong with a file, in a few words."
 
 
+def _one_line(error): return ' '.join(str(error).split())[:300] or type(error).__name__
+
+
 def _shown(name):  # a path or a name, in one line
     return name if len(name := str(name)) < 1000 and name.isprintable() else repr(name)[:80]
 
@@ -267,7 +270,7 @@ def _read(file, format, version, check, finite):
         for member in members: member.check_size(member.dtype.itemsize)     # then the sizes
         if check is not None:
             try: check(header, {m.name: (str(m.dtype), m.shape) for m in members})
-            except ValueError as error: raise _Refused(' '.join(str(error).split())) from error
+            except ValueError as e: raise _Refused(f'does not fit: {_one_line(e)}') from e
         arrays = {m.name: m.read(archive, m.dtype) for m in members}        # then the numbers
     for name, array in arrays.items():
         if finite and array.dtype.kind == 'f' and not np.isfinite(array).all():
@@ -286,12 +289,13 @@ def read_npz(
 ) -> tuple: # header, arrays
     """Read a file without running anything in it: the header first, then all sizes, then the
     numbers. Raises ValueError, in one line, if it is missing, damaged, of another format, newer,
-    or refused by `check` (whose words follow the path)."""
+    or refused by `check` (whose words are quoted)."""
     try:
         with _regular_file(path) as file: return _read(file, format, version, check, finite)
     except _Refused as error: raise ValueError(f'{_shown(path)} {error}') from error
     except Exception as error:  # whatever a damaged file makes a parser raise
-        reason = str(error) if isinstance(error, _Damaged) else type(error).__name__
+        clear = isinstance(error, (_Damaged, zipfile.BadZipFile))
+        reason = _one_line(error) if clear else type(error).__name__
         raise ValueError(f'{_shown(path)} is not a {format} file, or is damaged ({reason}); '
                          'use another copy, or write it again') from error
 
@@ -302,10 +306,10 @@ def check_members(
 ) -> None:
     "Raises ValueError that names an array which is missing, not expected, or does not fit."
     def said(dtype, shape): return ' '.join(str(x) for x in (dtype, shape and list(shape)) if x)
-    if missing := sorted(needed.keys() - stored.keys()):
-        raise ValueError(f'{missing[0]} is missing (and {len(missing) - 1} more)')
-    if strange := sorted(stored.keys() - needed.keys()):
-        raise ValueError(f'{strange[0]} is not expected (nor {len(strange) - 1} more)')
+    for names, wrong in ((needed.keys() - stored.keys(), 'is missing'),
+                         (stored.keys() - needed.keys(), 'is not expected')):
+        more = f' (as are {len(names) - 1} more)' if len(names) > 1 else ''
+        if names: raise ValueError(f'{min(names)} {wrong}{more}')
     for name, (dtype, shape) in needed.items():
         found = stored[name]
         wrong = dtype is not None and str(dtype) != found[0]
@@ -575,7 +579,7 @@ def _check_stored(cls, header, stored):  # does a file fit a class? before its n
         shapes = shapes_without_memory(lambda: cls(config))
         if shapes: check_members(stored, {k: (None, shape) for k, shape in shapes.items()})
     except Exception as error:
-        raise ValueError(f'does not describe a {cls.__name__}: {error}') from error
+        raise _Refused(f'does not describe a {cls.__name__}: {_one_line(error)}') from error
 
 # %% ../nbs/00_files.ipynb #00f00160
 class Persistent(nn.Module):
@@ -623,5 +627,6 @@ class Persistent(nn.Module):
             module = cls(cls.config_class(**header['config']))
             module.to(torch.from_numpy(next(iter(values.values()))).dtype).set_parameters(values)
         except Exception as error:
-            raise ValueError(f'{path} does not describe a {cls.__name__}: {error}') from error
+            said = f'{_shown(path)} does not describe a {cls.__name__}: {_one_line(error)}'
+            raise ValueError(said) from error
         return module

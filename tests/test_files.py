@@ -241,7 +241,7 @@ def test_what_is_not_expected_is_not_read(tmp_path, monkeypatch):
             return read(*args)
     monkeypatch.undo()
     files_read = files._Member.read
-    assert 'surprise is not expected' in refused(path, only_header)
+    assert 'a.npz does not fit: surprise is not expected' in refused(path, only_header)
     write_npz(path, HEADER, {k: v for k, v in ARRAYS.items() if k != 'step'})
     assert 'step is missing' in refused(path, only_header)
     write_npz(path, HEADER, ARRAYS | dict(step=np.array(7.)))
@@ -301,6 +301,7 @@ def test_shapes_of_policies(core, action):
     assert shapes_without_memory(make) == shapes_of(make())
 
 
+@posix
 def test_shapes_need_no_memory():
     "Nine gigabytes of a GRU, and an H3, of which not a megabyte is asked for."
     import resource
