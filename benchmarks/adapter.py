@@ -16,7 +16,7 @@ from paired import main
 from ssm_metarl.adapter import AdaptationConfig, MetaRLHook, create_adapter
 from ssm_metarl.envs import sample_tasks
 from ssm_metarl.inner_loop import stack
-from ssm_metarl.pipeline import CONFIGS
+from ssm_metarl.config import CONFIGS
 from ssm_metarl.rollout import collect
 from ssm_metarl.policy_gradient import advantages
 

@@ -22,7 +22,7 @@ from paired import main
 from ssm_metarl.envs import EnvConfig, sample_tasks
 from ssm_metarl.meta_learner import mean_steps, returns_variance
 from ssm_metarl.maml import MetaMAML
-from ssm_metarl.pipeline import CONFIGS
+from ssm_metarl.config import CONFIGS
 from ssm_metarl.policy import action_log_prob
 from ssm_metarl.rollout import Trajectories, discounted_sum
 from ssm_metarl.policy_gradient import advantages

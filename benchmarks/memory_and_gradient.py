@@ -18,7 +18,8 @@ from ssm_metarl.bandits import regret
 from ssm_metarl.envs import EnvConfig, sample_tasks
 from ssm_metarl.meta_learner import MetaConfig
 from ssm_metarl.maml import MetaMAML
-from ssm_metarl.pipeline import provenance, to_json
+from ssm_metarl.files import to_json
+from ssm_metarl.training import provenance
 from ssm_metarl.policy import PolicyConfig, SSMMetaPolicy
 from ssm_metarl.rl2 import RL2
 from ssm_metarl.rollout import collect

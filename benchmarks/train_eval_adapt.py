@@ -15,7 +15,11 @@ import numpy as np
 
 from ssm_metarl import __version__
 from ssm_metarl.evaluation import t_interval
-from ssm_metarl.pipeline import load_learner, parameter_counts, provenance, show, show_interval, to_json
+from ssm_metarl.files import to_json
+from ssm_metarl.checkpoints import load_learner
+from ssm_metarl.training import provenance
+from ssm_metarl.experiments import parameter_counts, show_interval
+from ssm_metarl.cli import show
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -1,5 +1,5 @@
 "`python -m ssm_metarl` is the command line."
-from ssm_metarl.pipeline import main
+from ssm_metarl.cli import main
 from ssm_metarl.stops import run_program
 
 

@@ -30,6 +30,7 @@ from .guards import (OPTIMIZERS, TaskState, blank_state, check_elementwise, clip
 from .monitors import (FeatureMonitor, Moments, Monitors, choose, described, distance_from, is_categorical, mask_of, per_task, predictions, softmax_entropy, task_mean,
                                  task_samples, uncertainty)
 from .policy import action_log_prob, entropy, kl_divergence
+from .registry import Registry
 from .rollout import masked_mean
 from .policy_gradient import policy_surrogate, value_loss
 from .files import plain_numbers, read_npz, write_npz
@@ -160,9 +161,6 @@ def select_parameters(
     return names
 
 # %% ../nbs/05_adapter.ipynb #050015
-STRATEGIES = {}
-
-
 class AdaptationStrategy:
     "What to add to the loss; subclasses say so. `self.adapter` is the adapter that uses it."
 
@@ -196,25 +194,14 @@ class AdaptationStrategy:
         return (type(self).post_loss, type(self).own_loss) != (AdaptationStrategy.post_loss, AdaptationStrategy.own_loss)
 
 
+STRATEGIES = Registry('strategy', 'strategy', 'register_adaptation_strategy', AdaptationStrategy)
+
+
 def register_adaptation_strategy(
     name: str, # for `create_adapter`
 ): # class decorator
     "Make an `AdaptationStrategy` known by name; the same class, defined again, takes its own place. Raises ValueError if another class has the name, TypeError for another kind of class."
-    if not isinstance(name, str):
-        raise TypeError(f"name={name!r:.80} is no text; "
-                        "write @register_adaptation_strategy('a name')")
-    def decorate(cls):
-        if not (isinstance(cls, type) and issubclass(cls, AdaptationStrategy)):
-            raise TypeError(f'{cls!r:.80} is not a subclass of AdaptationStrategy')
-        old = STRATEGIES.get(name, cls)
-        modules = {old.__module__, cls.__module__}  # a notebook's class, and its module's
-        if old.__qualname__ != cls.__qualname__ or len(modules - {'__main__'}) > 1:
-            where, known = f'{old.__module__}.{old.__qualname__}', ', '.join(map(repr, STRATEGIES))
-            raise ValueError(f'strategy {name!r} is registered already, by {where}; '
-                             f'choose a name beside {known}')
-        STRATEGIES[name] = cls
-        return cls
-    return decorate
+    return STRATEGIES.register(name)
 
 
 def make_strategy(
@@ -222,8 +209,7 @@ def make_strategy(
 ) -> AdaptationStrategy:
     "A strategy by name. Raises ValueError with the known names."
     if isinstance(name, AdaptationStrategy): return name
-    if not isinstance(name, str) or name not in STRATEGIES: raise ValueError(f'strategy={name!r:.80} is not one of {", ".join(map(repr, STRATEGIES))}; register_adaptation_strategy adds one')
-    return STRATEGIES[name]()
+    return STRATEGIES.find(name)()
 
 
 @register_adaptation_strategy('none')

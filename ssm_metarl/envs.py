@@ -8,7 +8,6 @@ __all__ = ['FAMILIES', 'SPLITS', 'MAX_TASKS', 'MAX_DRAWS', 'Family', 'family_cla
            'sample_tasks', 'make_env', 'make_batch', 'EnvBatch', 'TaskEnv']
 
 # %% ../nbs/02_envs.ipynb #020003
-import importlib
 import inspect
 import secrets
 import zlib
@@ -21,6 +20,7 @@ from gymnasium.vector import AutoresetMode
 
 from .batch import EnvBatch, TaskEnv, UnknownOption, stream
 from .drawing import Canvas
+from .registry import Registry
 
 # %% ../nbs/02_envs.ipynb #020026
 class Family:
@@ -111,22 +111,28 @@ def _within(value, low, high):  # bounds included, compared as float32
     return ((low <= value) & (value <= high)).all()
 
 # %% ../nbs/02_envs.ipynb #020028
-FAMILIES = {  # name -> class, or the module of this library that registers it
+class _Families(Registry):  # each one also stands in Gymnasium's table
+    def add(self, name, value, maker=None):
+        super().add(name, value, maker)
+        make_known(name)
+
+    def remove(self, name, missing_ok=False):
+        super().remove(name, missing_ok)
+        gym.registry.pop(name, None)
+
+
+FAMILIES = _Families('family', 'env_name', 'register_family', Family, {  # the modules they are in
     'MetaGymToy-v0': 'envs',
     'MetaBandit-v0': 'bandits', 'MetaTabularMDP-v0': 'bandits',
     'MetaCartPole-v0': 'control', 'MetaPendulum-v0': 'control',
-    'MetaHalfCheetahDir-v0': 'gymnasium_envs', 'MetaHalfCheetahVel-v0': 'gymnasium_envs'}
+    'MetaHalfCheetahDir-v0': 'gymnasium_envs', 'MetaHalfCheetahVel-v0': 'gymnasium_envs'})
 
 
 def family_class(
     name: str, # such as 'MetaGymToy-v0'
 ) -> type: # subclass of `Family`
     "The family of that name. Raises ValueError if there is none."
-    if name not in FAMILIES:
-        known = ', '.join(map(repr, FAMILIES))
-        raise ValueError(f'env_name={name!r} is not one of {known}; register_family adds one')
-    if isinstance(FAMILIES[name], str): importlib.import_module(f'ssm_metarl.{FAMILIES[name]}')
-    return FAMILIES[name]
+    return FAMILIES.find(name)
 
 # %% ../nbs/02_envs.ipynb #020030
 def make_known(
@@ -138,28 +144,11 @@ def make_known(
                  vector_entry_point=f'{__name__}:make_batch', kwargs={'env_name': name})
 
 # %% ../nbs/02_envs.ipynb #020032
-def _same_class(new, old):  # defined again, in a notebook or in the module made from it
-    here = new.__module__ == old.__module__ or '__main__' in (old.__module__, new.__module__)
-    return here and new.__qualname__ == old.__qualname__
-
-
 def register_family(
     name: str, # Gymnasium id, such as 'MetaGymToy-v0'
 ): # class decorator
     "Make a `Family` known to `EnvConfig` and Gymnasium. Raises ValueError for a taken name."
-    def decorate(cls):
-        if not issubclass(cls, Family):
-            raise TypeError(f'{cls.__name__} is not a subclass of Family; '
-                            f'write class {cls.__name__}(Family)')
-        old = FAMILIES.get(name)
-        if isinstance(old, type) and not _same_class(cls, old):
-            raise ValueError(f'family {name!r} is registered already, by {old.__module__}.'
-                             f'{old.__qualname__}; choose another name, or call '
-                             f'unregister_family({name!r}) first')
-        make_known(name)
-        FAMILIES[name] = cls
-        return cls
-    return decorate
+    return FAMILIES.register(name)
 
 # %% ../nbs/02_envs.ipynb #020033
 def unregister_family(
@@ -167,12 +156,7 @@ def unregister_family(
     missing_ok: bool = False, # say nothing of a family that is unknown
 ) -> None:
     "Forget a family. Raises ValueError if it is unknown."
-    if name not in FAMILIES:
-        if missing_ok: return
-        known = ', '.join(map(repr, FAMILIES))
-        raise ValueError(f'{name!r} is not one of the registered families {known}')
-    del FAMILIES[name]
-    gym.registry.pop(name, None)
+    FAMILIES.remove(name, missing_ok)
 
 # %% ../nbs/02_envs.ipynb #020034
 for name in FAMILIES: make_known(name)

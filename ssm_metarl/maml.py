@@ -14,7 +14,8 @@ from torch import Tensor
 from .inner_loop import stack
 from .meta_learner import (EVERYBODY, CompiledStep, MetaConfig, MetaLearner,
                                      TrustRegionStep, by_steps, in_chunks, inner_step, mean_steps,
-                                     returns_variance, support_logp, support_terms)
+                                     register_learner, returns_variance, support_logp,
+                                     support_terms)
 from .policy import SSMMetaPolicy, action_log_prob, entropy
 from ssm_metarl.rollout import (Rollout, Trajectories, collect, discounted_sum, masked_mean,
     policy_inputs,
@@ -60,6 +61,7 @@ def outer_metrics(
                 env_steps=sum(t.num_steps for t, _ in support) + query.num_steps)
 
 # %% ../nbs/04_maml.ipynb #04m10023
+@register_learner('maml')
 class MetaMAML(CompiledStep, TrustRegionStep, MetaLearner):
     "Model-agnostic meta-learning of a policy (Finn et al., ICML 2017)."
 
@@ -155,6 +157,7 @@ class MetaMAML(CompiledStep, TrustRegionStep, MetaLearner):
         return used | {'outer_epochs', 'compile'}
 
 # %% ../nbs/04_maml.ipynb #04m10031
+@register_learner('joint')
 class JointTraining(MetaLearner):
     "One policy for all tasks, by policy gradient: PPO; with one epoch, advantage actor-critic."
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ssm_metarl import pipeline
+from ssm_metarl import training
 from ssm_metarl.envs import sample_tasks
-from ssm_metarl.pipeline import main
+from ssm_metarl.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCES = {'random_return', 'nothing_return', 'oracle_return'}
@@ -183,7 +183,7 @@ def test_every_learner_trains_goes_on_evaluates_and_adapts(words, tmp_path, caps
         if step == 2: raise KeyboardInterrupt
         return sample_tasks(*args, step=step, **kw)
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, 'sample_tasks', interrupted)
+        patch.setattr(training, 'sample_tasks', interrupted)
         assert main([str(word) for word in ('train', *words, *sizes, '--ckpt-dir', tmp_path)]) == 130
     capsys.readouterr()
     checkpoint = tmp_path / 'latest.npz'

@@ -11,9 +11,10 @@ from ssm_metarl.cores import CORES
 from ssm_metarl.envs import EnvConfig, sample_tasks
 from ssm_metarl.inner_loop import stack
 from ssm_metarl.meta_learner import MetaConfig
-from ssm_metarl.pipeline import main
+from ssm_metarl.cli import main
 from ssm_metarl.policy import PolicyConfig, SSMMetaPolicy
-from ssm_metarl.rl2 import LEARNERS
+from ssm_metarl import rl2
+from ssm_metarl.meta_learner import LEARNERS
 from ssm_metarl.rollout import collect
 from ssm_metarl.scan import scan
 from ssm_metarl.ssm import SSM, SSMConfig

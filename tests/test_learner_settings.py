@@ -7,10 +7,10 @@ import torch
 
 from ssm_metarl.envs import EnvConfig, sample_tasks
 from ssm_metarl.inner_loop import gradient_step
-from ssm_metarl.meta_learner import MetaConfig, MetaLearner
+from ssm_metarl.meta_learner import LEARNERS, MetaConfig, MetaLearner
 from ssm_metarl.maml import JointTraining, MetaMAML
 from ssm_metarl.policy import PolicyConfig, SSMMetaPolicy
-from ssm_metarl.rl2 import LEARNERS, RL2
+from ssm_metarl.rl2 import RL2
 from ssm_metarl.rollout import collect
 
 CHANGES = dict(inner_steps=3, inner_lr=.03, first_order=True, head='action.bias', surrogate='dice', gamma=.4, gae_lambda=.3, outer='trpo', outer_lr=.01, outer_lr_decay=True, outer_epochs=2, clip=1e-4,

@@ -7,10 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from ssm_metarl import pipeline
+from ssm_metarl import checkpoints, experiments, pipeline, training
 from ssm_metarl.envs import register_family
 from ssm_metarl.meta_learner import MetaConfig
-from ssm_metarl.pipeline import EXPERIMENTS, AdaptConfig, ExperimentConfig, main, paired_differences, parse, provenance, run_experiment, to_json, train
+from ssm_metarl.files import to_json
+from ssm_metarl.policy_adaptation import AdaptConfig
+from ssm_metarl.config import ExperimentConfig
+from ssm_metarl.training import provenance, train
+from ssm_metarl.experiments import EXPERIMENTS, paired_differences, run_experiment
+from ssm_metarl.cli import main, parse
 from ssm_metarl.policy import PolicyConfig
 
 SMALL = dict(episodes=3, outer_steps=2, progress=False)
@@ -68,7 +73,7 @@ def test_an_experiment_of_one_task_in_a_terminal(tmp_path, capsys):
 
 def test_rows_carry_what_they_were_run_with(tmp_path, monkeypatch):
     run_experiment('nav2d', tmp_path, [0], ['SSM'], **SMALL)
-    monkeypatch.setattr(pipeline, 'provenance', lambda device: dict(commit='elsewhere', device=device))  # another machine gathers, and adds a seed
+    for module in (experiments, training): monkeypatch.setattr(module, 'provenance', lambda device: dict(commit='elsewhere', device=device))  # another machine gathers, and adds a seed
     results = run_experiment('nav2d', tmp_path, [1], ['SSM'], **SMALL)
     rows = [json.loads((tmp_path / 'rows' / f'SSM_{seed}.json').read_text()) for seed in (0, 1)]
     here = json.loads(json.dumps(provenance('cpu')))
@@ -83,17 +88,17 @@ def test_rows_carry_what_they_were_run_with(tmp_path, monkeypatch):
 def test_each_session_of_a_training_leaves_its_own_provenance(tmp_path, monkeypatch):
     config = EXPERIMENTS['nav2d'].variant('SSM', 0, outer_steps=2, tasks_per_batch=2)
     config = replace(config, meta=replace(config.meta, outer_lr_decay=False))
-    pipeline.train(config, tmp_path, progress=False)
-    monkeypatch.setattr(pipeline, 'provenance', lambda device: dict(commit='elsewhere'))
-    pipeline.train(replace(config, meta=replace(config.meta, outer_steps=4)), tmp_path, resume=True, progress=False)
-    log = pipeline.read_log(tmp_path)
+    training.train(config, tmp_path, progress=False)
+    monkeypatch.setattr(training, 'provenance', lambda device: dict(commit='elsewhere'))
+    training.train(replace(config, meta=replace(config.meta, outer_steps=4)), tmp_path, resume=True, progress=False)
+    log = training.read_log(tmp_path)
     assert [line['step'] for line in log if 'provenance' in line] == [0, 2] and log[2]['provenance'] == dict(commit='elsewhere')
 
 
 def test_commit_of_a_checkout_and_of_none(tmp_path, monkeypatch):
-    source_commit = pipeline.source_commit.__wrapped__  # without its cache
+    source_commit = training.source_commit.__wrapped__  # without its cache
     assert source_commit(tmp_path) == 'unknown'
-    git = lambda *words: pipeline.subprocess.run(['git', '-C', tmp_path, '-c', 'user.name=a', '-c', 'user.email=a@b', *words], check=True, capture_output=True, text=True).stdout.strip()
+    git = lambda *words: training.subprocess.run(['git', '-C', tmp_path, '-c', 'user.name=a', '-c', 'user.email=a@b', *words], check=True, capture_output=True, text=True).stdout.strip()
     git('init'), (tmp_path / '__init__.py').write_text('')
     assert source_commit(tmp_path) == 'unknown'  # in a repository, but not of it
     git('add', '.'), git('commit', '-m', 'one')
@@ -133,8 +138,8 @@ def test_nothing_is_done_twice_and_what_is_damaged_is_done_again(tmp_path):
     results = run_experiment('nav2d', tmp_path, [0, 1], both, **small)
     path = tmp_path / 'rows' / 'SSM_1.json'
     first, begin = json.loads(path.read_text()), path.stat().st_mtime_ns
-    checkpoints = lambda: sorted((tmp_path / 'rows' / 'SSM_1').glob('*/latest.npz'))
-    np.testing.assert_allclose(pipeline.evaluate_with_adaptation(checkpoints()[0], episodes=3).returns_by_step, first['returns_by_step'], atol=1e-3)
+    found = lambda: sorted((tmp_path / 'rows' / 'SSM_1').glob('*/latest.npz'))
+    np.testing.assert_allclose(pipeline.evaluate_with_adaptation(found()[0], episodes=3).returns_by_step, first['returns_by_step'], atol=1e-3)
     assert run_experiment('nav2d', tmp_path, [0, 1], both, **small) == results and path.stat().st_mtime_ns == begin
     path.write_text(path.read_text()[:100])  # torn
     again = run_experiment('nav2d', tmp_path, [0, 1], both, **small)
@@ -142,7 +147,7 @@ def test_nothing_is_done_twice_and_what_is_damaged_is_done_again(tmp_path):
     assert json.loads(path.read_text())['training_s'] == first['training_s']  # trained once, and that is the time it took
     assert json.loads(path.read_text())['provenance']['training'] == first['provenance']['training']
     run_experiment('nav2d', tmp_path, [1], ['SSM'], **small | dict(outer_steps=3))
-    assert len(checkpoints()) == 2
+    assert len(found()) == 2
 
 
 def test_experiments_and_variants_that_are_none(tmp_path):
@@ -163,7 +168,7 @@ def test_numpy_numbers_train_save_and_resume(tmp_path):
     config = replace(config, meta=replace(BASIC.meta, outer_steps=10, tasks_per_batch=2))
     assert type(config.num_envs) is type(config.adapt.steps) is int and type(config.env_options['rotation']) is type(config.adapt.lr) is float and config.adapt.rollback is True
     checkpoint = train(config, tmp_path, progress=False)['checkpoint']  # it used to end at step 10, in a TypeError
-    assert pipeline.load_checkpoint(checkpoint)[0] == config
+    assert checkpoints.load_checkpoint(checkpoint)[0] == config
     assert train(config, tmp_path, resume=True, progress=False)['outer_steps'] == 10
     result = pipeline.evaluate(checkpoint, episodes=TWO, seed=TWO)
     assert strict(json.dumps(result))['episodes'] == 2
@@ -179,8 +184,8 @@ class Optional(type(BASIC.env.family)):
 @pytest.mark.parametrize('option', ['text', 3, .5, True, None, [1, 2, 'x'], (1, (2, 3)), {'size': 3, 'inner': {'a': [1.5, None]}}, np.float32(.5), [np.int64(3)]])
 def test_options_that_are_accepted_come_back_from_a_file(option, tmp_path):
     config = replace(TINY, env_name='Optional-v0', env_options={'option': option})
-    pipeline.save_checkpoint(tmp_path / 'a.npz', config, {})
-    assert pipeline.load_checkpoint(tmp_path / 'a.npz')[0] == config
+    checkpoints.save_checkpoint(tmp_path / 'a.npz', config, {})
+    assert checkpoints.load_checkpoint(tmp_path / 'a.npz')[0] == config
 
 
 @pytest.mark.parametrize('option', [np.zeros(3), {1: 2}, float('nan'), float('inf'), print, b'bytes', {1, 2}, [np.zeros(2)], torch.zeros(2)])
@@ -207,8 +212,8 @@ def test_adaptation_settings_that_are_wrong_or_ignored(wrong, message):
 
 def test_every_built_in_config_comes_back_from_a_file(tmp_path):
     for config in [*pipeline.CONFIGS.values(), *(experiment.variant(name, 3) for experiment in EXPERIMENTS.values() for name in experiment.variants)]:
-        pipeline.save_checkpoint(tmp_path / 'a.npz', config, {})
-        assert pipeline.load_checkpoint(tmp_path / 'a.npz')[0] == config
+        checkpoints.save_checkpoint(tmp_path / 'a.npz', config, {})
+        assert checkpoints.load_checkpoint(tmp_path / 'a.npz')[0] == config
 
 
 def test_ignored_settings_are_refused_before_the_training(tmp_path):
@@ -221,7 +226,7 @@ def test_ignored_settings_are_refused_before_the_training(tmp_path):
 
 def test_a_checkpoint_adapts_as_it_was_trained_whatever_the_config(tmp_path):
     checkpoint = train(replace(TINY, learner='anil', meta=replace(TINY.meta, outer_steps=1, gamma=.9)), tmp_path, progress=False)['checkpoint']
-    config = pipeline.load_learner(checkpoint, replace(TINY, time_limit=7))[1]
+    config = checkpoints.load_learner(checkpoint, replace(TINY, time_limit=7))[1]
     assert (config.learner, config.meta.gamma, config.time_limit) == ('anil', .9, 7)
 
 
@@ -268,4 +273,4 @@ def test_numpy_numbers_in_every_config(tmp_path):
     config = ExperimentConfig(seed=two, num_envs=two, time_limit=np.int64(5), meta=MetaConfig(outer_steps=np.int64(10), tasks_per_batch=two, inner_steps=two, outer_epochs=two, gamma=half, first_order=np.bool_(True)),
                               adapt=AdaptConfig(steps=two, lr=half), policy=PolicyConfig(hidden_dim=np.int64(8), state_dim=np.int64(4), history=np.bool_(True)))
     checkpoint = train(config, tmp_path, progress=False)['checkpoint']
-    assert pipeline.load_checkpoint(checkpoint)[0] == config and train(config, tmp_path, resume=True, progress=False)['outer_steps'] == 10
+    assert checkpoints.load_checkpoint(checkpoint)[0] == config and train(config, tmp_path, resume=True, progress=False)['outer_steps'] == 10

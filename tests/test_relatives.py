@@ -7,10 +7,10 @@ import torch
 from test_maml import K, M, T, assert_same, fail_in_third_epoch, pick, poison_query, poison_support, tasks_of, trajectories
 
 from ssm_metarl.envs import EnvConfig
-from ssm_metarl.meta_learner import MetaConfig, mean_steps
+from ssm_metarl.meta_learner import LEARNERS, MetaConfig, mean_steps
 from ssm_metarl.maml import MetaMAML
 from ssm_metarl.policy import PolicyConfig, SSMMetaPolicy, action_log_prob, entropy
-from ssm_metarl.relatives import ANIL, LEARNERS, MetaSGD, Reptile
+from ssm_metarl.relatives import ANIL, MetaSGD, Reptile
 from ssm_metarl.rollout import policy_inputs
 
 NAMES = 'maml', 'reptile', 'anil', 'meta-sgd'

@@ -8,11 +8,11 @@ from test_maml import assert_same  # registers the corridor, too
 
 from ssm_metarl.bandits import regret
 from ssm_metarl.envs import EnvConfig, sample_tasks
-from ssm_metarl.meta_learner import MetaConfig
+from ssm_metarl.meta_learner import LEARNERS, MetaConfig
 from ssm_metarl.maml import MetaMAML, query_losses
 from ssm_metarl.policy import PolicyConfig, SSMMetaPolicy, action_log_prob
 
-from ssm_metarl.rl2 import LEARNERS, RL2, over_batch, trial_targets
+from ssm_metarl.rl2 import RL2, over_batch, trial_targets
 from ssm_metarl.rollout import Rollout, Trajectories, collect, policy_inputs
 
 M, K = 3, 4
