@@ -65,7 +65,7 @@ def reference_returns(
         except NotImplementedError: pass  # this family has no such player
     return returns
 
-# %% ../nbs/06_evaluation.ipynb #060m00
+
 def reference_row(
     references: dict, # name -> returns [M]
 ) -> dict: # name_return -> mean

@@ -89,13 +89,17 @@ def check_type(
     value, # that it shall hold
     kind, # its type
 ):
-    "Raises ValueError if a field of a config cannot hold a value; an int may stand where a float is declared."
+    """Raises ValueError if a field of a config cannot hold a value; an int may stand where a
+    float is declared."""
     origin = typing.get_origin(kind)
-    allowed = origin if isinstance(origin, type) and origin is not types.UnionType else kind  # dict[str, int] -> dict
+    plain = isinstance(origin, type) and origin is not types.UnionType
+    allowed = origin if plain else kind  # dict[str, int] -> dict
     number = type(value) is int and kind is float
-    stray = isinstance(value, bool) and bool not in (kind, *typing.get_args(kind))  # a bool is an int
+    takes_bool = bool in (kind, *typing.get_args(kind))
+    stray = isinstance(value, bool) and not takes_bool  # a bool is an int
     if stray or not (number or isinstance(value, allowed)):
-        raise ValueError(f'{owner}.{name}={repr(value)[:80]} is not of type {getattr(kind, "__name__", kind)}')
+        wanted = getattr(kind, '__name__', kind)
+        raise ValueError(f'{owner}.{name}={repr(value)[:80]} is not of type {wanted}')
 
 # %% ../nbs/00_files.ipynb #00f0m02
 def check_fields(
@@ -103,17 +107,20 @@ def check_fields(
 ):
     "Raises ValueError for a field with a value of another type than it is declared with."
     cls = type(config)
-    for name, kind in typing.get_type_hints(cls).items(): check_type(cls.__name__, name, getattr(config, name), kind)
+    for name, kind in typing.get_type_hints(cls).items():
+        check_type(cls.__name__, name, getattr(config, name), kind)
 
 # %% ../nbs/00_files.ipynb #00f0m03
 def as_saved(
     value, # of an option: numbers, strings, None, lists and dicts of them
     name: str = 'env_options', # for the message
 ): # the same, with lists for tuples and plain numbers for NumPy's
-    "A value in the form in which it comes back from a file. Raises ValueError for what a file cannot hold."
+    """A value in the form in which it comes back from a file. Raises ValueError for what a file
+    cannot hold."""
     if isinstance(value, dict) and all(isinstance(k, str) for k in value):
         return {k: as_saved(v, f'{name}[{k!r}]') for k, v in value.items()}
-    if isinstance(value, (list, tuple)): return [as_saved(v, f'{name}[{i}]') for i, v in enumerate(value)]
+    if isinstance(value, (list, tuple)):
+        return [as_saved(v, f'{name}[{i}]') for i, v in enumerate(value)]
     value = value.item() if isinstance(value, np.generic) else value
     finite = isinstance(value, float) and math.isfinite(value)
     if value is None or finite or isinstance(value, (bool, int, str)): return value
@@ -152,7 +159,9 @@ def writable_folder(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder): pass
-    except OSError as error: raise OSError(f'{str(path)!r} is not a folder that can be written to ({error.strerror}); name another one') from None
+    except OSError as error:
+        raise OSError(f'{str(path)!r} is not a folder that can be written to '
+                      f'({error.strerror}); name another one') from None
     return folder
 
 # %% ../nbs/00_files.ipynb #00f00021

@@ -790,7 +790,10 @@ def test_moving_moments_are_weighted_averages(seed, decay):
 # --- the seed's examples, with another import
 
 @pytest.fixture
-def registry(monkeypatch): monkeypatch.setattr(module, 'STRATEGIES', dict(module.STRATEGIES))
+def registry():
+    before = set(module.STRATEGIES)
+    yield
+    for name in set(module.STRATEGIES) - before: module.STRATEGIES.remove(name)
 
 
 @pytest.mark.parametrize('kind', MODELS)

@@ -7,7 +7,7 @@ import torch
 
 from ssm_metarl.envs import EnvConfig, sample_tasks
 from ssm_metarl.inner_loop import gradient_step
-from ssm_metarl.meta_learner import LEARNERS, MetaConfig, MetaLearner
+from ssm_metarl.meta_learner import LEARNERS, MetaConfig, MetaLearner, register_learner
 from ssm_metarl.maml import JointTraining, MetaMAML
 from ssm_metarl.policy import PolicyConfig, SSMMetaPolicy
 from ssm_metarl.rl2 import RL2
@@ -167,3 +167,13 @@ def test_numpy_numbers_become_plain_ones():
 def test_a_number_too_large_for_a_float_is_refused():
     for value in (10**400, -10**400):
         with pytest.raises(ValueError, match='^outer_lr='): MetaConfig(outer_lr=value)
+
+
+def test_learners_by_name():
+    first, second = (type(name, (MetaLearner,), {}) for name in ('First', 'Second'))
+    with pytest.raises(TypeError, match='dict is not a subclass of MetaLearner, as a learner must be'): register_learner('mine')(dict)
+    assert register_learner('mine')(first) is first
+    try:
+        with pytest.raises(ValueError, match="learner 'mine' is registered already, by .*First; choose a name beside 'maml'"): register_learner('mine')(second)
+    finally: LEARNERS.remove('mine')
+    assert 'mine' not in LEARNERS

@@ -11,10 +11,10 @@ from gymnasium import spaces
 
 from ssm_metarl.envs import FAMILIES, EnvConfig, Family, PointNavigation, register_family, sample_tasks
 from ssm_metarl.inner_loop import stack
-from ssm_metarl.maml import JointTraining, MetaMAML
+from ssm_metarl.maml import JointTraining, MetaMAML, query_losses
 from ssm_metarl.meta_learner import MetaConfig, MetaLearner, inner_step, never_negative, support_logp, trust_region
 from ssm_metarl.policy import PolicyConfig, SSMMetaPolicy, action_log_prob, kl_divergence
-from ssm_metarl.rollout import Rollout, collect, masked_mean, policy_inputs, require_finite
+from ssm_metarl.rollout import Rollout, collect, discounted_sum, masked_mean, policy_inputs, require_finite
 from ssm_metarl.policy_gradient import advantages, gae, linear_baseline, normalise, policy_surrogate
 
 M, K, T = 3, 4, 10
@@ -290,6 +290,34 @@ def test_a_chunk_names_the_tasks_by_their_index_in_the_batch():
     with pytest.raises(FloatingPointError, match=r'losses of tasks \[2\] are not finite'):
         with learner.all_or_nothing(): learner.outer_epoch(support, query, advantage)
     assert_same(before, learner.state_dict())
+
+
+@pytest.mark.parametrize('core', ['ssm', 'gru'])
+@pytest.mark.parametrize('history', [False, True])
+def test_a_reset_within_a_trajectory_cuts_the_memory(history, core):
+    "Two trajectories one after the other, with a reset where they meet, count as the two that they are."
+    learner = make(history=history, core=core, state=4)
+    ((support, _),), query, advantage = trajectories(learner)
+    def glue(x): return x.reshape(M, K // 2, 2 * T, *x.shape[3:])
+    def glued(traj): return type(traj)(**{k: glue(v) for k, v in vars(traj).items()})
+    assert glued(query).memory_reset.sum(-1).eq(2).all()
+    params = {k: v.detach().expand(M, *v.shape) + .1 * torch.randn(M, *v.shape, dtype=v.dtype, generator=torch.Generator().manual_seed(i))
+              for i, (k, v) in enumerate(learner.params.items())}
+    apart = support_logp(learner.policy, params, support)
+    torch.testing.assert_close(support_logp(learner.policy, params, glued(support)), glue(apart))
+    uncut = replace(glued(support), memory_reset=torch.zeros_like(glue(support.mask)))
+    assert not torch.allclose(support_logp(learner.policy, params, uncut), glue(apart))
+    returns = discounted_sum(query.reward, .9)
+    results = [query_losses(learner.policy, params, traj, a, learner.config, 1., r, torch.tensor(1.))
+               for traj, a, r in ((query, advantage, returns), (glued(query), glue(advantage), glue(returns)))]
+    for x, y in zip(*results): torch.testing.assert_close(x, y)
+    act = lambda traj: learner.act_after({}, [(support, advantage)], traj, None, ())[0]['mean']  # in a trust region
+    torch.testing.assert_close(act(glued(query)), glue(act(query)))
+    rollout = Rollout(learner.policy, tasks_of(learner), learner.env)
+    def memory(traj):
+        rollout.recompute_memory(params, traj)
+        return rollout.memory
+    torch.testing.assert_close(memory(glued(query)), memory(query)[:, 1::2])
 
 
 def test_dice_equals_the_ratio_over_one_step():

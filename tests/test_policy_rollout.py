@@ -475,6 +475,27 @@ def test_an_advantage_after_the_end_reaches_no_gradient_even_if_it_is_nan(kind):
     assert logp.grad.isfinite().all() and logp.grad[0, 0, 0] != 0
 
 
+@pytest.mark.parametrize('kind', ['ratio', 'dice'])
+def test_the_old_probabilities_are_constants_even_if_they_are_the_new_ones(kind):
+    "Over all trajectories of two steps with three actions: the slope of the expected return, and with DiCE its curvature, too."
+    A, T = 3, 2
+    first, second = torch.cartesian_prod(torch.arange(A), torch.arange(A)).T
+    reward = torch.stack([normal(1, A)[first], normal(2, A, A)[first, second]], -1)  # of each trajectory, [A * A, T]
+    at, mask = normal(3, T, A), torch.ones(1, A * A, T, dtype=torch.bool)
+    def logp(theta): return torch.stack([theta[0].log_softmax(-1)[first], theta[1].log_softmax(-1)[second]], -1)
+    def chance(theta): return logp(theta).sum(-1).exp()
+    def expected(theta): return chance(theta) @ reward.sum(-1)
+    to_come = torch.stack([reward.sum(-1), reward[:, 1]], -1)
+    weighed = (chance(at)[:, None] * to_come * mask.sum()).unsqueeze(0)  # times the number of steps: the surrogate is a mean
+    def gain(theta):
+        now = logp(theta).unsqueeze(0)
+        return -policy_surrogate(now, now, weighed, mask, kind).sum()
+    slope, curvature = torch.autograd.functional.jacobian, torch.autograd.functional.hessian
+    torch.testing.assert_close(slope(gain, at), slope(expected, at))
+    assert slope(expected, at).abs().max() > .01
+    if kind == 'dice': torch.testing.assert_close(curvature(gain, at), curvature(expected, at))
+
+
 @given(experience())
 def test_dice_weighs_a_step_by_what_it_adds_to_the_product_of_all_ratios_so_far(traj):
     moved = traj.logp + .3 * normal(1, *traj.logp.shape)

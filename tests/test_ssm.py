@@ -361,6 +361,21 @@ def test_stacked_is_task_by_task(init, seed, M, K, T):
         for k, v in grad(after_step)(*alone).items(): torch.testing.assert_close(mapped[k][m], v)
 
 
+@pytest.mark.parametrize('D, H', [(3, 3), (1, 1), (3, 2), (1, 4)])
+@pytest.mark.parametrize('shape', [(), (2,), (2, 0), (2, 3)])
+def test_a_weight_for_each_task_entry_by_entry(D, H, shape):
+    "Square weights as well: there a weight that is turned round has the right shape, and wrong values."
+    M = 3
+    x, weight, bias = random(1, M, *shape, D), random(2, M, H, D), random(3, M, H)
+    if not shape: x = x.unsqueeze(1)
+    flat = x.reshape(M, -1, D)
+    def sums(b): return torch.tensor([[[sum(float(w * v) for w, v in zip(weight[m, h], row)) + float(b[m, h]) for h in range(H)] for row in flat[m]]
+                                      for m in range(M)], dtype=torch.float64).reshape(*x.shape[:-1], H)
+    torch.testing.assert_close(linear(x, weight, bias), sums(bias))
+    torch.testing.assert_close(linear(x, weight), sums(torch.zeros_like(bias)))
+    for m in range(M): torch.testing.assert_close(linear(x[m], weight[m], bias[m]), sums(bias)[m])
+
+
 @pytest.mark.parametrize('init', INITS)
 def test_layer_derivatives(init):
     ssm = layer(init, dtype=torch.float64, N=4)
@@ -451,6 +466,20 @@ def test_bfloat16_does_not_go_to_a_file(tmp_path):
 
 
 # --- files
+
+def test_arrays_of_parameters_are_copies():
+    "What was taken before a step of training is what it was then, and to write into it changes no module."
+    ssm = layer('lru')
+    taken, same = ssm.get_parameters(), ssm.get_parameters()
+    with torch.no_grad():
+        for p in ssm.parameters(): p.add_(1)
+    for k, v in parameters(ssm).items():
+        np.testing.assert_array_equal(taken[k], same[k])
+        np.testing.assert_allclose(v.numpy() - taken[k], 1, atol=1e-6)
+    ssm.set_parameters(taken)
+    for v in taken.values(): v[...] = np.nan
+    for k, v in parameters(ssm).items(): np.testing.assert_array_equal(v.numpy(), same[k])
+
 
 @settings(max_examples=15)
 @given(inits, seeds, st.sampled_from([torch.float32, torch.float64]), *[st.integers(1, 4)] * 3)
