@@ -465,17 +465,6 @@ def check_type(
     name: str, # of a field
     value, # that it shall hold
     kind, # its type
-<<<<<<< HEAD
-):
-    """Raises ValueError if a field of a config cannot hold a value; an int may stand where a
-    float is declared."""
-    origin = typing.get_origin(kind)
-    plain = isinstance(origin, type) and origin is not types.UnionType
-    allowed = origin if plain else kind  # dict[str, int] -> dict
-    number = type(value) is int and kind is float
-    takes_bool = bool in (kind, *typing.get_args(kind))
-    stray = isinstance(value, bool) and not takes_bool  # a bool is an int
-=======
 ) -> None:
     """Raises ValueError if a field of a config cannot hold a value; an int may stand where a
     float is declared."""
@@ -484,7 +473,6 @@ def check_type(
     allowed = origin if is_plain else kind  # dict[str, int] -> dict
     number = type(value) is int and kind is float
     stray = isinstance(value, bool) and bool not in (kind, *typing.get_args(kind))  # it is an int
->>>>>>> storage
     if stray or not (number or isinstance(value, allowed)):
         wanted = getattr(kind, '__name__', kind)
         raise ValueError(f'{owner}.{name}={repr(value)[:80]} is not of type {wanted}')
@@ -515,46 +503,6 @@ def as_saved(
     raise ValueError(f'{name}={repr(value)[:80]} cannot be kept in a file; '
                      'give finite numbers, strings, lists, or dicts with strings as keys')
 
-<<<<<<< HEAD
-# %% ../nbs/00_files.ipynb #00f0m06
-def to_json(
-    value, # dict, list or tuple of plain and of NumPy's values
-    **options, # of `json.dumps`
-) -> str:
-    "JSON that every reader takes: null for a number that is not finite, lists for arrays."
-    def plain(x):
-        if isinstance(x, dict): return {k: plain(v) for k, v in x.items()}
-        if isinstance(x, (list, tuple)): return [plain(v) for v in x]
-        if isinstance(x, (np.ndarray, np.generic)): return plain(x.tolist())
-        return None if isinstance(x, float) and not math.isfinite(x) else x
-    return json.dumps(plain(value), allow_nan=False, **options)
-
-# %% ../nbs/00_files.ipynb #00f0m09
-def write_text_whole(
-    path: Path, # of the file
-    text: str, # its content
-) -> None:
-    "Write a text file that is whole or not there."
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-# %% ../nbs/00_files.ipynb #00f0m10
-def writable_folder(
-    path: Path, # to be made if it is not there
-) -> Path:
-    "A folder in which files can be made; OSError, before any work is done, if not."
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder): pass
-    except OSError as error:
-        raise OSError(f'{str(path)!r} is not a folder that can be written to '
-                      f'({error.strerror}); name another one') from None
-    return folder
-
-=======
->>>>>>> storage
 # %% ../nbs/00_files.ipynb #00f00021
 def check_counts(
     config, # with these fields
