@@ -212,7 +212,7 @@ class Run:
         self.history = [] if state is None else log_until(folder, self.learner.step)
         self.state = self.learner.state_dict()  # after the last whole step
         self.saved = None if start is None else self.done  # step of the newest checkpoint
-        self.resumed, self.began = start is not None, False
+        self.resumed, self.began = resume, False
         self.note = dict(provenance=provenance(device))  # into the first line
         last = self.history[-1] if self.history else {}  # earlier sessions count
         self.clock = time.monotonic() - last.get('wall_s', 0)
@@ -255,7 +255,7 @@ class Run:
             if self.schedule.keep: keep_newest(self.folder, self.schedule.keep)
         if self.done % 10 == 0 or self.over: self.save_latest()
 
-    def _begin(self):  # the log as far as it is ours; an earlier run goes aside
+    def _begin(self):  # the log as far as it counts; an earlier run goes aside
         if not self.resumed and (earlier := set_aside(self.folder)):
             print(f'an earlier run in {self.folder} was moved to {earlier}', file=sys.stderr)
         lines = ''.join(to_json(line) + '\n' for line in self.history)
