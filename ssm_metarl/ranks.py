@@ -64,14 +64,18 @@ def _announce(number, message=''):  # the numbers of all ranks; PeerError if ano
     raise PeerError(f'rank {first} of {world()} failed: {said}')
 
 
+def _reason(error):  # in a few words; gloo's own begin with a place in its code
+    line = str(error).split('\n')[0].split('] ')[-1].split('. ')[0]
+    return f'{type(error).__name__}: {line:.80}'
+
+
 @contextmanager
 def _exchange():  # a broken connection, and whatever else goes wrong in here, is a PeerError
     try: yield
     except PeerError: raise
     except Exception as error:
-        raise PeerError(f'rank {rank()} of {world()} has lost the others '
-                        f'({type(error).__name__}); read what the one that ended first printed'
-                       ) from error
+        raise PeerError(f'rank {rank()} of {world()} cannot reach the others ({_reason(error)}); '
+                        'read what the rank that ended first has printed') from error
 
 # %% ../nbs/00_ranks.ipynb #00r00008
 @contextmanager
@@ -116,14 +120,18 @@ def sum_gradients(
     for p, g, n in zip(params, sums, there.tolist()): p.grad = g if n else None
 
 # %% ../nbs/00_ranks.ipynb #00r00011
+def _fresh(x):  # a copy, row by row in memory; then its bytes can be read as another dtype
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def _pack(leaves):  # tensors [m, ...] -> bytes, a row for each task
-    rows = [x.detach().reshape(len(x), prod(x.shape[1:])).contiguous() for x in leaves]
+    rows = [_fresh(x.detach().reshape(len(x), prod(x.shape[1:]))) for x in leaves]
     return torch.cat([x.view(torch.uint8) for x in rows], 1)
 
 
 def _unpack(rows, like):  # and back, to tensors like these
     sizes = [x.dtype.itemsize * prod(x.shape[1:]) for x in like]
-    pieces = [x.clone(memory_format=torch.contiguous_format) for x in rows.split(sizes, 1)]
+    pieces = [_fresh(piece) for piece in rows.split(sizes, 1)]
     return [piece.flatten().view(x.dtype).view(len(rows), *x.shape[1:])
             for piece, x in zip(pieces, like)]
 
@@ -232,9 +240,9 @@ def joined(
     try: dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo',
                                  timeout=timedelta(seconds=timeout_s))
     except Exception as error:
-        line = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
         raise PeerError('rank {RANK} of {WORLD_SIZE} cannot join the others at '
                         '{MASTER_ADDR}:{MASTER_PORT} '.format(**invitation)
-                        + f'({line}); check that address, and that all ranks run') from error
+                        + f'({_reason(error)}); check that address, and that all ranks run'
+                       ) from error
     try: yield
     finally: dist.destroy_process_group()
