@@ -88,7 +88,9 @@ def unanimous():
     try: yield
     except PeerError: raise  # the others know
     except Exception as error:
-        with _exchange(): _announce(_FAILED, f'{type(error).__name__}: {error}')
+        if not getattr(error, 'announced', False):  # by a block within this one
+            with _exchange(): _announce(_FAILED, f'{type(error).__name__}: {error}')
+        error.announced = True
         raise
     with _exchange(): _announce(0)
 
@@ -215,10 +217,12 @@ _NEEDED = 'RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'  # torchrun sets al
 
 
 def _invitation():  # what the environment says of the ranks; None: this process is alone
-    if not {'RANK', 'WORLD_SIZE'} & os.environ.keys(): return None
-    if missing := [name for name in _NEEDED if name not in os.environ]:
-        raise ValueError(f'the environment has {", ".join(set(_NEEDED) - set(missing))} but not '
-                         f'{", ".join(missing)}; start with torchrun, which sets them all')
+    given = [name for name in _NEEDED if name in os.environ]
+    missing = [name for name in _NEEDED if name not in os.environ]
+    if not {'RANK', 'WORLD_SIZE'} & set(given): return None
+    if missing:
+        raise ValueError(f'the environment has {" and ".join(given)} but not {", ".join(missing)}; '
+                         'start with torchrun, which sets them all')
     return None if os.environ['WORLD_SIZE'] == '1' else {k: os.environ[k] for k in _NEEDED}
 
 
