@@ -33,6 +33,7 @@ def learners():
         return name, make_learner(config), sample_tasks(config.env, M)
     yield row('maml, 20 tasks', 'nav2d', 20, outer_epochs=1)
     yield row('maml, 20 tasks, three epochs', 'nav2d', 20, outer_epochs=3)
+    yield row('maml, 40 tasks, three epochs', 'nav2d', 40, outer_epochs=3)
     yield row('maml, 5 tasks', 'nav2d', 5, outer_epochs=1)
     yield row('rl2, 256 tasks', 'bandit-10-5', 256)
 
