@@ -17,6 +17,7 @@ from .meta_learner import (EVERYBODY, CompiledStep, MetaConfig, MetaLearner,
                                      register_learner, returns_variance, support_logp,
                                      support_terms)
 from .policy import SSMMetaPolicy, action_log_prob, entropy
+from .ranks import by_shares, gather_chunks, task_chunks
 from ssm_metarl.rollout import (Rollout, Trajectories, collect, discounted_sum, masked_mean,
     policy_inputs,
     require_finite)
@@ -69,16 +70,21 @@ class MetaMAML(CompiledStep, TrustRegionStep, MetaLearner):
                     tasks: list, # M tasks
                    ) -> tuple: # inner_steps + 1 pairs (trajectories, advantage); adapted parameters
         "Support of each inner step, then the query. Raises FloatingPointError if not finite."
+        pairs, params = by_shares(self.collect_some, tasks)
+        return [(Trajectories(**traj), advantage) for traj, advantage in pairs], params
+
+    def collect_some(self, tasks, first):  # those from index `first` on; trajectories as dicts
         actor, adapt, judge = self.tools()
         params = {k: v.detach() for k, v in stack(self.params, len(tasks)).items()}
         pairs = []
         for i in range(self.config.inner_steps + 1):
-            traj = collect(self.policy, params, tasks, self.env, key=(self.step, i), actor=actor)
-            require_finite('rewards', traj.reward.masked_fill(~traj.mask, 0))
-            pairs.append((traj, judge(vars(traj))))
+            traj = collect(self.policy, params, tasks, self.env, key=(self.step, i), start=first,
+                           actor=actor)
+            require_finite('rewards', traj.reward.masked_fill(~traj.mask, 0), start=first)
+            pairs.append((vars(traj), judge(vars(traj))))
             if i < self.config.inner_steps:
-                params = adapt(self.learned, params, vars(traj), pairs[-1][1])
-                require_finite('adapted parameters', *params.values())
+                params = adapt(self.learned, params, *pairs[-1])
+                require_finite('adapted parameters', *params.values(), start=first)
         return pairs, params
 
     def adapted(self,
@@ -122,7 +128,7 @@ class MetaMAML(CompiledStep, TrustRegionStep, MetaLearner):
         results = [self.accumulate_chunk(chunk, len(advantage), start)
                    for start, chunk in in_chunks(self.config, support, query, advantage, reached)]
         norm = self.update()
-        loss, _, kl = (torch.cat([x.detach() for x in column]) for column in zip(*results))
+        loss, _, kl = gather_chunks(results)
         return loss, kl, norm
 
     def outer_step(self, tasks):
@@ -175,25 +181,28 @@ class JointTraining(MetaLearner):
 
     def epoch(self, traj, advantage, returns, unit):  # one step of Adam, chunk by chunk
         M, results, steps = len(advantage), [], mean_steps(traj)
-        size = self.config.tasks_per_chunk or M
         self.optimizer.zero_grad()
-        for start in range(0, M, size):
-            rows = slice(start, start + size)
+        for rows in task_chunks(M, self.config.tasks_per_chunk):
             found = query_losses(self.policy, self.params, traj.of_tasks(rows), advantage[rows],
                                  self.config_now, unit, returns[rows], steps)
-            self.accumulate(*found[:2], M, start)
+            self.accumulate(*found[:2], M, rows.start)
             results.append(found)
-        loss, _, kl = (torch.cat([x.detach() for x in column]) for column in zip(*results))
-        return loss, kl, self.update()
+        norm = self.update()
+        loss, _, kl = gather_chunks(results)
+        return loss, kl, norm
+
+    def collect_some(self, tasks, first):  # as a dict; then the value of what a cut left out
+        rollout = Rollout(self.policy, tasks, self.env, key=(self.step, 0), start=first,
+                          bootstrap=self.config.bootstrap)
+        params = {k: v.detach() for k, v in self.params.items()}
+        traj = rollout.run(params, self.env.trial_length)
+        require_finite('rewards', traj.reward.masked_fill(~traj.mask, 0), start=first)
+        return vars(traj), *([] if rollout.after is None else [rollout.after])
 
     def outer_step(self, tasks):
         with self.all_or_nothing():
-            rollout = Rollout(self.policy, tasks, self.env, key=(self.step, 0),
-                              bootstrap=self.config.bootstrap)
-            params = {k: v.detach() for k, v in self.params.items()}
-            traj = rollout.run(params, self.env.trial_length)
-            require_finite('rewards', traj.reward.masked_fill(~traj.mask, 0))
-            after = () if rollout.after is None else (rollout.after,)
+            traj, *after = by_shares(self.collect_some, tasks)
+            traj = Trajectories(**traj)
             targets = self.targets(traj, *after)
             for _ in range(self.config.outer_epochs): loss, kl, norm = self.epoch(traj, *targets)
             self.step += 1

@@ -30,6 +30,8 @@ from .policy_gradient import (SURROGATES, advantages,
     gae, linear_baseline, policy_surrogate)
 from .registry import Registry
 from .files import plain_numbers
+from .ranks import (gather_chunks, share, sum_gradients, task_chunks,
+    total, unanimous)
 
 # %% ../nbs/03e_learner.ipynb #03e0009
 OUTER = ('ppo', 'trpo')  # outer steps
@@ -187,9 +189,11 @@ class LearnerState:
 
     @contextmanager
     def all_or_nothing(self):
-        "If an exception leaves the block, the learner is as it was before it, bit for bit."
+        """If an exception leaves the block, the learner is as it was before it, bit for bit; with
+        several ranks on all of them, and those that did not fail raise PeerError."""
         before = self.state_dict()
-        try: yield
+        try:
+            with unanimous(): yield
         except BaseException:
             self.load_state_dict(before)
             raise
@@ -229,12 +233,17 @@ class AdamSteps:
                    error: Tensor, # of the value head, [m]
                    M: int, # of how many in all
                    start: int = 0): # index of the first one
-        "Add the gradient of these tasks' share of the mean. Raises FloatingPointError."
+        """Add the gradient of these tasks' share of the mean; each rank does so for its own tasks
+        and leaves out others. Raises FloatingPointError."""
         check_losses(loss, error, start)
-        ((loss + error).sum() / M).backward()
+        own = share(M)
+        rows = slice(max(own.start - start, 0), max(own.stop - start, 0))
+        if len(both := (loss + error)[rows]): (both.sum() / M).backward()
 
     def update(self) -> float: # norm of the gradient before clipping, without the value head
-        "One step of Adam along the gradient that is there. Raises FloatingPointError, unchanged."
+        """One step of Adam along the gradient that is there, summed over ranks. Raises
+        FloatingPointError, unchanged."""
+        sum_gradients(self.learned.values())
         value_head = [v for k, v in self.learned.items() if k.startswith('value.')]
         others = [v for k, v in self.learned.items() if not k.startswith('value.')]
         norm = clip_grad_norm_(others, self.config.max_grad_norm)
@@ -416,19 +425,16 @@ def in_chunks(
     advantage: Tensor, # of the query, [M, K, T]
     reached: dict = {}, # where the support leads, if known, [M, ...]
 ) -> Iterator: # pairs: index of the first task, arguments of `outer_loss`
-    "Cut a batch into chunks of tasks, each with what must be known of the whole batch."
-    M = len(advantage)
+    "Cut the tasks of this rank into chunks, each with what must be known of the whole batch."
     scale = returns_variance(query, config.gamma)
     steps = torch.stack([mean_steps(t) for t in (*(t for t, _ in support), query)])
     gain = []
     if config.exploration_term: gain = [query_gain(query, config.gamma, config.gae_lambda)]
-    size = config.tasks_per_chunk or M
-    for start in range(0, M, size):
-        rows = slice(start, start + size)
+    for rows in task_chunks(len(advantage), config.tasks_per_chunk):
         some = [(t.of_tasks(rows), a[rows]) for t, a in support]
         there = {k: v[rows] for k, v in reached.items()}
-        yield start, (some, query.of_tasks(rows), advantage[rows], scale, there, steps,
-                      *(x[rows] for x in gain))
+        yield rows.start, (some, query.of_tasks(rows), advantage[rows], scale, there,
+                           steps, *(x[rows] for x in gain))
 
 # %% ../nbs/03e_learner.ipynb #03e0057
 def conjugate_gradient(
@@ -461,7 +467,7 @@ def line_search(
         pieces = step.split([p.numel() for p in params])
         new = [(p - d.view_as(p)).detach().requires_grad_() for p, d in zip(params, pieces)]
         found = [[v.detach() for v in chunk(new)] for chunk in chunks]
-        new_loss, kl = (torch.cat(x) for x in zip(*found))
+        new_loss, kl = gather_chunks(found)
         better = new_loss.isfinite().all() and new_loss.mean() < loss.mean()
         if better and kl.mean() <= max_kl: return [p.detach() for p in new], new_loss, kl
     return [p.detach() for p in params], loss, torch.zeros_like(loss)
@@ -474,16 +480,17 @@ def _slope(x, params, **kw):  # of a sum, one vector
 
 
 def _loss_and_slope(chunks, params):  # losses [M], and the gradient of their sum [n]
-    losses, g = [], 0
+    losses, g = [], torch.cat([torch.zeros_like(p).flatten() for p in params])
     for chunk in chunks:
         loss = chunk(params)[0]
-        require_finite('losses', loss, start=sum(map(len, losses)))
-        losses.append(loss.detach())
+        losses.append([loss.detach()])
         g = g + _slope(loss, params)
+    (loss,), (g,) = gather_chunks(losses), total(g)
+    require_finite('losses', loss)
     if not g.isfinite().all():
         raise FloatingPointError('the meta-gradient is not finite, though all losses are; '
                                  'lower inner_lr')
-    return torch.cat(losses), g
+    return loss, g
 
 
 def trust_region(
@@ -504,7 +511,8 @@ def trust_region(
 
     def curve(v):  # F v
         products = (_slope(s @ v, params, retain_graph=True) for s in kept or kl_slopes())
-        return sum(products) / M + damping * v
+        product, = total(sum(products, torch.zeros_like(v)))
+        return product / M + damping * v
 
     x = conjugate_gradient(curve, g / M)
     full = (2 * max_kl / (x @ curve(x)).clamp(min=1e-20)).sqrt() * x
