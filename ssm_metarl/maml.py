@@ -33,7 +33,7 @@ def query_losses(
     scale: Tensor = None, # unit of the value head's error; None: `returns_variance` of these tasks
     returns: Tensor = None, # what the value head should say, [M, K, T]; None: discounted returns
     steps: Tensor = None, # `mean_steps` of the whole batch; None: of these tasks
-) -> tuple: # of each task [M]: loss, error of the value head, KL from the policy that acted
+) -> tuple: # of each task [M]: loss, error of the value head, KL from who acted, share clipped
     "How well M policies do: clipped ratio (PPO; Schulman et al., 2017) with entropy bonus."
     out = policy.functional(params, policy_inputs(policy, query), reset=query.memory_reset)
     logp = action_log_prob(out, query.action)
@@ -44,21 +44,32 @@ def query_losses(
     if scale is None: scale = returns_variance(query, config.gamma)
     error = value_loss(out['value'], returns, query.mask) / scale
     kl = masked_mean(query.logp - logp, query.mask)
-    return tuple(by_steps(x, query, steps) for x in (loss, error, kl))
+    moved = ((logp - query.logp).detach().exp() - 1).abs() > config.clip
+    clipped = masked_mean(moved.to(logp.dtype), query.mask)
+    return tuple(by_steps(x, query, steps) for x in (loss, error, kl, clipped))
 
 # %% ../nbs/04_maml.ipynb #04m10021
+def _spread(traj):  # of the tasks' mean returns
+    return traj.returns.mean(1).std(correction=0).item()
+
+
 def outer_metrics(
     support: list, # of (trajectories, advantage), one for each inner step
     query: Trajectories, # of the adapted policies
-    loss: Tensor, # of the last epoch, [M]
-    kl: Tensor, # of the last epoch, [M]
+    last: dict, # of the last epoch: 'loss', 'kl' and others, [M] each
     norm: float, # of the meta-gradient
+    target: Tensor, # what the value head should have said, [M, K, T]
 ) -> dict: # name -> number
-    "What an outer step reports: returns before and after adaptation, and how it went."
+    """What an outer step reports: returns before and after adaptation with their spread over
+    tasks, entropy of the actions, explained variance of the value head, and how it went."""
     first = support[0][0] if support else query
-    return dict(pre_return=first.returns.mean().item(),
-                post_return=query.returns.mean().item(),
-                loss=loss.mean().item(), grad_norm=norm, kl=kl.mean().item(),
+    wanted, said = target[query.mask], query.value[query.mask]
+    explained = 1 - (wanted - said).var() / wanted.var().clamp(min=1e-8)
+    return dict(pre_return=first.returns.mean().item(), pre_spread=_spread(first),
+                post_return=query.returns.mean().item(), post_spread=_spread(query),
+                **{k: v.mean().item() for k, v in last.items()}, grad_norm=norm,
+                entropy=-query.logp[query.mask].mean().item(),
+                explained_variance=explained.item() if len(wanted) > 1 else 0.,
                 env_steps=sum(t.num_steps for t, _ in support) + query.num_steps)
 
 # %% ../nbs/04_maml.ipynb #04m10023
@@ -119,34 +130,34 @@ class MetaMAML(CompiledStep, TrustRegionStep, MetaLearner):
         if steps is None:
             steps = torch.stack([mean_steps(t) for t in (*(t for t, _ in support), query)])
         params, extra = self.adapted(self.params, support, reached, steps, gain)
-        loss, error, kl = query_losses(self.policy, params, query, advantage, self.config_now,
-                                       scale, steps=steps[-1])
-        return loss + extra, error, kl
+        loss, *rest = query_losses(self.policy, params, query, advantage, self.config_now,
+                                   scale, steps=steps[-1])
+        return loss + extra, *rest
 
     def outer_epoch(self, support, query, advantage, reached={}):  # one step of Adam, in chunks
         self.optimizer.zero_grad()
         results = [self.accumulate_chunk(chunk, len(advantage), start)
                    for start, chunk in in_chunks(self.config, support, query, advantage, reached)]
         norm = self.update()
-        loss, _, kl = gather_chunks(results)
-        return loss, kl, norm
+        loss, _, kl, clipped = gather_chunks(results)
+        return dict(loss=loss, kl=kl, clip_fraction=clipped), norm
 
     def outer_step(self, tasks):
         with self.all_or_nothing():
             (*support, (query, advantage)), reached = self.collect_all(tasks)
             if self.config.outer == 'trpo':
-                loss, kl, norm = self.trust_region_step(support, query, advantage)
+                last, norm = self.trust_region_step(support, query, advantage)
             else:
                 if not self.knows_where_steps_lead: reached = {}
                 for i in range(self.config.outer_epochs):
-                    loss, kl, norm = self.outer_epoch(support, query, advantage,
-                                                      {} if i else reached)
+                    known = {} if i else reached
+                    last, norm = self.outer_epoch(support, query, advantage, known)
             self.step += 1
-        return outer_metrics(support, query, loss, kl, norm)
+        target = discounted_sum(query.reward.masked_fill(~query.mask, 0), self.config.gamma)
+        return outer_metrics(support, query, last, norm, target)
 
     @property
-    def first_order(self) -> bool: # whether second derivatives are left out
-        return self.config.first_order
+    def first_order(self) -> bool: return self.config.first_order # no second derivatives
 
     @property
     def knows_where_steps_lead(self) -> bool: # in the first epoch, from collecting
@@ -188,8 +199,8 @@ class JointTraining(MetaLearner):
             self.accumulate(*found[:2], M, rows.start)
             results.append(found)
         norm = self.update()
-        loss, _, kl = gather_chunks(results)
-        return loss, kl, norm
+        loss, _, kl, clipped = gather_chunks(results)
+        return dict(loss=loss, kl=kl, clip_fraction=clipped), norm
 
     def collect_some(self, tasks, first):  # as a dict; then the value of what a cut left out
         rollout = Rollout(self.policy, tasks, self.env, key=(self.step, 0), start=first,
@@ -204,9 +215,9 @@ class JointTraining(MetaLearner):
             traj, *after = by_shares(self.collect_some, tasks)
             traj = Trajectories(**traj)
             targets = self.targets(traj, *after)
-            for _ in range(self.config.outer_epochs): loss, kl, norm = self.epoch(traj, *targets)
+            for _ in range(self.config.outer_epochs): last, norm = self.epoch(traj, *targets)
             self.step += 1
-        return outer_metrics([], traj, loss, kl, norm)
+        return outer_metrics([], traj, last, norm, targets[1])
 
     @classmethod
     def used_fields(cls, config):

@@ -527,7 +527,7 @@ class TrustRegionStep:
                           support: list, # of (trajectories, advantage [M, K, T])
                           query: Trajectories, # of the adapted policies
                           advantage: Tensor, # of the query, [M, K, T]
-                         ) -> tuple: # losses [M], divergences [M], norm of the gradient
+                         ) -> tuple: # 'loss' and 'kl' of the tasks, [M]; norm of the gradient
         "A step in the trust region for the policy, one step of Adam for the value head."
         names = [k for k in self.params if not k.startswith('value.')]
         chunks = list(in_chunks(self.config, support, query, advantage))
@@ -541,7 +541,7 @@ class TrustRegionStep:
         self.update()
         with torch.no_grad():
             for k, v in zip(names, new): self.params[k].copy_(v)
-        return loss, kl, norm
+        return dict(loss=loss, kl=kl), norm
 
     def act_after(self, changes, support, query, steps, gain):  # adapted policies on the query
         with torch.enable_grad():
@@ -617,11 +617,11 @@ class CompiledStep:
     def _gradient(self, learned, support, query, *rest):  # losses, and gradient of their sum
         with self.learning({k: v.detach().requires_grad_() for k, v in learned.items()}):
             support = [(Trajectories(**t), a) for t, a in support]
-            loss, error, kl = self.outer_loss(support, Trajectories(**query), *rest)
+            loss, error, *more = self.outer_loss(support, Trajectories(**query), *rest)
             grads = torch.autograd.grad((loss + error).sum(), list(self.learned.values()),
                                         allow_unused=True)
             found = {k: g for k, g in zip(self.learned, grads) if g is not None}
-            return loss.detach(), error.detach(), kl.detach(), found
+            return *(x.detach() for x in (loss, error, *more)), found
 
     def _judge(self, traj):
         return advantages(Trajectories(**traj), self.config.gamma, self.config.gae_lambda)

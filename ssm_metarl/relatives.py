@@ -59,9 +59,9 @@ class Reptile(MetaMAML):
         ends = {k: v.detach() for k, v in phi.items()}
         distance = sum(((self.params[k] - v)**2).flatten(1).sum(1) for k, v in ends.items())
         judged = {k: phi[k] if k.startswith('value.') else v for k, v in ends.items()}
-        _, error, kl = query_losses(self.policy, judged, query, advantage, self.config, scale,
-                                    steps=None if steps is None else steps[-1])
-        return distance / (2 * self.config.inner_lr) + penalty, error, kl
+        _, *rest = query_losses(self.policy, judged, query, advantage, self.config, scale,
+                                steps=None if steps is None else steps[-1])
+        return distance / (2 * self.config.inner_lr) + penalty, *rest
 
 # %% ../nbs/04a_relatives.ipynb #04a10041
 def _in_head(name, head):  # whether one of the patterns names this parameter

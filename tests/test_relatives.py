@@ -210,7 +210,7 @@ def test_reptile_finds_the_start_that_is_near_to_all_ends():
     "Where there is nothing to learn from, the start stays; and its config is the caller's."
     learner = make('reptile', inner_steps=2)
     (support, query, advantage), start = trajectories(learner), {k: v.detach().clone() for k, v in learner.params.items()}
-    loss, _, kl = learner.outer_loss([(t, torch.zeros_like(a)) for t, a in support], query, advantage)
+    loss, _, kl, _ = learner.outer_loss([(t, torch.zeros_like(a)) for t, a in support], query, advantage)
     assert torch.equal(loss, torch.zeros(M, dtype=loss.dtype)) and not gradient(loss.mean(), [v for k, v in learner.params.items() if not k.startswith('value.')]).any()
     assert learner.config == MetaConfig(tasks_per_batch=M, inner_lr=.3, inner_steps=2)
     learner.outer_step(tasks_of(learner))

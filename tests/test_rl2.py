@@ -46,7 +46,7 @@ def test_a_trial_replayed_is_the_rollout(core, place):
     torch.testing.assert_close(action_log_prob(out, traj.action)[traj.mask], traj.logp[traj.mask], rtol=0, atol=1e-10)
     torch.testing.assert_close(out['value'][traj.mask], traj.value[traj.mask], rtol=0, atol=1e-10)
     advantage, target, scale = learner.targets(traj)
-    loss, error, kl = query_losses(learner.policy, params_of(learner), traj, advantage, learner.config, scale, target)
+    loss, error, kl, _ = query_losses(learner.policy, params_of(learner), traj, advantage, learner.config, scale, target)
     real = traj.mask.sum().double() / M  # every step weighs alike
     torch.testing.assert_close(loss, -advantage.sum((1, 2)) / real, rtol=0, atol=1e-10)
     torch.testing.assert_close(error, ((target - traj.value).masked_fill(~traj.mask, 0)**2).sum((1, 2)) / real, rtol=0, atol=1e-10)
@@ -116,7 +116,7 @@ def test_what_follows_the_end_reaches_neither_loss_nor_gradient(core):
     assert not traj.mask.all()
     def losses(traj):
         advantage, target, scale = learner.targets(traj)
-        loss, error, _ = query_losses(learner.policy, learner.params, traj, advantage, learner.config, scale, target)
+        loss, error, *_ = query_losses(learner.policy, learner.params, traj, advantage, learner.config, scale, target)
         return loss, error, gradient(loss.sum() + error.sum(), learner)
     spoil = lambda x, junk: torch.where(traj.mask, x, junk)
     spoilt = replace(traj, reward=spoil(traj.reward, torch.nan), value=spoil(traj.value, torch.nan), logp=spoil(traj.logp, -7.), action=spoil(traj.action, 1 - traj.action), obs=torch.where(traj.mask[..., None], traj.obs, 5.))
