@@ -4,20 +4,23 @@
 
 # %% auto #0
 __all__ = ['AdaptConfig', 'check_adaptation', 'choose_trajectories', 'AdaptationResult', 'policy_batch', 'with_step_sizes',
-           'adaptation_functions', 'adapt_policy', 'online_episode', 'online_advantages']
+           'adaptation_functions', 'next_share', 'AdaptingPolicies', 'adapt_policy', 'online_advantages', 'online_step',
+           'online_episode']
 
 # %% ../nbs/06a_policy_adaptation.ipynb #06a00002
 import sys
+from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from .adapter import AdaptationConfig, Adapter, MetaRLHook, create_adapter, make_strategy
 from .envs import EnvConfig
-from .evaluation import compare, evaluation_trajectories, reference_returns, reference_row
+from .evaluation import (compare, evaluation_trajectories, reference_returns,
+                                   reference_row)
 from .files import check_fields, plain_numbers
 from .inner_loop import stack
 from .meta_learner import MetaConfig
@@ -29,47 +32,66 @@ from .rollout import Rollout, Trajectories, collect, policy_inputs
 # %% ../nbs/06a_policy_adaptation.ipynb #06a00004
 @dataclass(frozen=True)
 class AdaptConfig:
-    "How to adapt at test time."
+    "How to adapt at test time. Raises ValueError for a value that makes no sense or is not used."
     steps: int = 5 # gradient steps before the evaluated episode
-    lr: float = 1e-2 # step size
-    later_scale: float = 1.0 # how long steps after the first that was kept are, as a share of it; they were not trained for
+    lr: float = 1e-2 # size of a step
+    later_scale: float = 1.0 # size of the steps after the first that was kept, as a share of it
     trajectories: int = 0 # support trajectories per step; 0: as many as in training
     online: bool = False # go on adapting while the evaluated episode runs
     online_interval: int = 20 # environment steps between two online updates; with `online` only
-    optimizer: str = 'sgd' # the rule that was meta-trained; or any name that `AdaptationConfig` takes
+    optimizer: str = 'sgd' # the rule that was meta-trained; or any name of `AdaptationConfig`
     strategy: str = 'none' # a registered adaptation strategy
-    entropy_weight: float = 0.01 # weight of the entropy, for strategies that use it, such as 'tent'
-    rollback: bool = True # whether a step that made the return on fresh trajectories worse is taken back, and the next one halved
+    entropy_weight: float = 0.01 # of the entropy, for strategies that use it, such as 'tent'
+    rollback: bool = True # take back a step after which fresh trajectories did worse, halve the next
     max_grad_norm: float = 10.0 # clip the gradient of each task to this norm
-    trust_radius: float = 1.0 # largest distance from the meta-parameters, as a multiple of their norm
+    trust_radius: float = 1.0 # largest distance from the start, as a multiple of its norm
 
     def __post_init__(self):
-        plain_numbers(self), check_fields(self)
-        if self.steps < 0: raise ValueError(f'steps={self.steps} is negative; take 0 (no adaptation) or more')
-        if not 0 < self.later_scale <= 1: raise ValueError(f'later_scale={self.later_scale} is not in (0, 1]')
-        if self.trajectories < 0: raise ValueError(f'trajectories={self.trajectories} is negative; take 0 (as in training) or more')
-        if self.online_interval < 2: raise ValueError(f'online_interval={self.online_interval} is too short; an update needs 2 environment steps or more')
-        if not self.online: self.refuse_unless_default('online_interval', 'online=False')
-        if self.strategy == 'none': self.refuse_unless_default('entropy_weight', "strategy='none'")
-        make_strategy(self.strategy), self.guards()  # they check the rest
+        plain_numbers(self)
+        check_fields(self)
+        self._check_ranges()
+        if not self.online: self._refuse_unless_default('online_interval', 'online=False')
+        if self.strategy == 'none':
+            self._refuse_unless_default('entropy_weight', "strategy='none'")
+        make_strategy(self.strategy)  # the strategy and the guards check the rest
+        self.guards()
 
-    def refuse_unless_default(self, name, because):  # what would be ignored
+    def _check_ranges(self):
+        if self.steps < 0:
+            raise ValueError(f'steps={self.steps} is negative; take 0 (no adaptation) or more')
+        if not 0 < self.later_scale <= 1:
+            raise ValueError(f'later_scale={self.later_scale} is not in (0, 1]; 1 changes nothing')
+        if self.trajectories < 0:
+            raise ValueError(f'trajectories={self.trajectories} is negative; '
+                             'take 0 (as in training) or more')
+        if self.online_interval < 2:
+            raise ValueError(f'online_interval={self.online_interval} is too short; '
+                             'an update needs 2 environment steps or more')
+
+    def _refuse_unless_default(self, name, because):
         value, usual = getattr(self, name), getattr(type(self), name)
-        if value != usual: raise ValueError(f'{name}={value!r} is not used with {because}; leave it at {usual!r}')
+        if value != usual:
+            raise ValueError(f'{name}={value!r} is not used with {because}; leave it at {usual!r}')
 
     def guards(self) -> AdaptationConfig:
         "What the adapter needs to know."
-        return AdaptationConfig(lr=self.lr, optimizer=self.optimizer, entropy_weight=self.entropy_weight, max_grad_norm=self.max_grad_norm, trust_radius=self.trust_radius)
+        names = 'lr', 'optimizer', 'entropy_weight', 'max_grad_norm', 'trust_radius'
+        return AdaptationConfig(**{name: getattr(self, name) for name in names})
 
 # %% ../nbs/06a_policy_adaptation.ipynb #06a00006
 def check_adaptation(
     learner: str, # name of the learner
     inner_lr: float | dict, # of the learner
     config: AdaptConfig, # how to adapt
-):
-    "Raises ValueError for what would go wrong without a sign."
-    if isinstance(inner_lr, dict) and config.optimizer != 'sgd': raise ValueError(f"optimizer={config.optimizer!r} divides the step sizes out that {learner!r} has for each parameter; take 'sgd'")
-    if learner == 'rl2' and config.online: raise ValueError("online=True needs a value head in units of reward, and that of 'rl2' speaks in standard units; leave it out: its memory adapts during the episode anyway")
+) -> None:
+    "Raises ValueError for a combination that would go wrong without a sign."
+    if isinstance(inner_lr, dict) and config.optimizer != 'sgd':
+        raise ValueError(f'optimizer={config.optimizer!r} divides the step sizes out that '
+                         f"{learner!r} has for each parameter; take 'sgd'")
+    if learner == 'rl2' and config.online:
+        raise ValueError("online=True needs a value head in units of reward, and that of 'rl2' "
+                         'speaks in standard units; leave it out: its memory adapts during the '
+                         'episode anyway')
 
 # %% ../nbs/06a_policy_adaptation.ipynb #06a00009
 def choose_trajectories(
@@ -78,8 +100,11 @@ def choose_trajectories(
     those: Trajectories, # of the same tasks
 ) -> Trajectories: # these where True, those elsewhere
     "Trajectories from one of two collections, task by task."
-    pick = lambda a, b: torch.where(per_task(which, a), a, b)
-    return Trajectories(**{f.name: pick(getattr(these, f.name), getattr(those, f.name)) for f in fields(these)})
+    chosen = {}
+    for f in fields(these):
+        a, b = getattr(these, f.name), getattr(those, f.name)
+        chosen[f.name] = torch.where(per_task(which, a), a, b)
+    return Trajectories(**chosen)
 
 # %% ../nbs/06a_policy_adaptation.ipynb #06a00012
 @dataclass
@@ -89,16 +114,20 @@ class AdaptationResult:
     returns_by_step: np.ndarray # evaluation return after 0 to S gradient steps, [S + 1, M]
     references: dict # 'random', 'nothing', 'oracle' -> returns [M]
     before: Trajectories # evaluation episodes without adaptation, [M, 1, T]
-    after: Trajectories # the same ones after the last step (while adapting on, if online), [M, 1, T]
-    drift: np.ndarray # distance of the parameters from the meta-parameters after 0 to S steps, [S + 1, M]
-    kept: np.ndarray # bool [S, M]; False: the support return fell below the best so far, and the step was taken back
+    after: Trajectories # the same after the last step (while adapting on, if online), [M, 1, T]
+    drift: np.ndarray # distance of the parameters from the start after 0 to S steps, [S + 1, M]
+    kept: np.ndarray # bool [S, M]; False: fresh support trajectories did worse, step taken back
     params: dict # adapted parameters, after online updates if there were any, [M, ...]
+    paths: list = None # evaluation episodes after 0 to S steps, S + 1 of [M, 1, T]; None: not kept
 
     def summary(self) -> dict:
         "Plain numbers, for people and for JSON."
         pre, post = (t.returns[:, 0].cpu().numpy().astype(float) for t in (self.before, self.after))
-        return dict(pre_return=float(pre.mean()), post_return=float(post.mean())) | compare(pre, post, self.references.get('oracle')) | dict(
-            returns_by_step=[float(x) for x in self.returns_by_step.mean(1)], episodes=len(self.tasks)) | reference_row(self.references)
+        means = dict(pre_return=float(pre.mean()), post_return=float(post.mean()))
+        by_step = [float(x) for x in self.returns_by_step.mean(1)]
+        return (means | compare(pre, post, self.references.get('oracle'))
+                | dict(returns_by_step=by_step, episodes=len(self.tasks))
+                | reference_row(self.references))
 
 # %% ../nbs/06a_policy_adaptation.ipynb #06a00013
 def policy_batch(
@@ -108,7 +137,8 @@ def policy_batch(
     mask: Tensor = None, # bool [M, K, T]: steps that count; None: all real ones
 ) -> dict: # name -> tensor
     "Experience in the form that `MetaRLHook` takes."
-    return dict(inputs=policy_inputs(policy, traj), memory_reset=traj.memory_reset, actions=traj.action, logp_old=traj.logp, advantages=advantage,
+    return dict(inputs=policy_inputs(policy, traj), memory_reset=traj.memory_reset,
+                actions=traj.action, logp_old=traj.logp, advantages=advantage,
                 mask=traj.mask if mask is None else mask)
 
 # %% ../nbs/06a_policy_adaptation.ipynb #06a00014
@@ -118,21 +148,129 @@ def with_step_sizes(
     unit: float, # the step size that an optimiser will take
 ) -> dict: # the same numbers, with gradients in proportion to their step sizes
     "Let an optimiser with one step size take steps of many sizes."
-    return {k: v.detach() + sizes.get(k, 0) / unit * (v - v.detach()) for k, v in params.items()}
+    scaled = {}
+    for name, value in params.items():
+        constant = value.detach()
+        scaled[name] = constant + sizes.get(name, 0) / unit * (value - constant)
+    return scaled
 
 # %% ../nbs/06a_policy_adaptation.ipynb #06a00015
 def adaptation_functions(
     policy: SSMMetaPolicy, # functional form
     adapter: Adapter, # holds the parameters of M tasks
     meta: MetaConfig, # the inner loss that was meta-trained
-    inner_lr: float | dict = None, # of the learner; a dict: step sizes of its own for each parameter
+    inner_lr: float | dict = None, # of the learner; a dict: a step size for each parameter
 ) -> dict: # loss_fn and fwd_fn, as `Adapter` takes them
     "The inner loop's own loss, as a function of the adapter's parameters."
-    params = lambda: with_step_sizes(adapter.params, inner_lr, meta.inner_lr) if isinstance(inner_lr, dict) else adapter.params
-    fwd = lambda batch: policy.functional(params(), batch['inputs'], reset=batch['memory_reset'])
-    return dict(loss_fn=MetaRLHook(adapter, meta.surrogate).policy_loss, fwd_fn=fwd)
+    def forward(batch):
+        params = adapter.params
+        if isinstance(inner_lr, dict): params = with_step_sizes(params, inner_lr, meta.inner_lr)
+        return policy.functional(params, batch['inputs'], reset=batch['memory_reset'])
+    return dict(loss_fn=MetaRLHook(adapter, meta.surrogate).policy_loss, fwd_fn=forward)
+
+# %% ../nbs/06a_policy_adaptation.ipynb #06a00040
+def next_share(
+    share: Tensor, # of the full step that each task took, [M]
+    fell: Tensor, # bool [M]: the step was taken back
+    started: Tensor, # bool [M]: a step has been kept before
+    later_scale: float, # what remains after the first step that is kept, in (0, 1]
+) -> tuple: # share of the next step [M]; whether a step has been kept by now, bool [M]
+    "Half a step after one that was taken back (Armijo, 1966); a full one, or less, otherwise."
+    after_kept = torch.where(started, share, share * later_scale)
+    return torch.where(fell, share / 2, after_kept), started | ~fell
+
+# %% ../nbs/06a_policy_adaptation.ipynb #06a00041
+class AdaptingPolicies:
+    "M policies, each on a task of its own: what the line search asks of them."
+
+    def __init__(self,
+                 policy: SSMMetaPolicy, # functional form
+                 params: dict, # where all of them start, [...]
+                 tasks: list, # M tasks
+                 env: EnvConfig, # family, K support trajectories per step, T, seed
+                 meta: MetaConfig = MetaConfig(), # the inner loss that was meta-trained
+                 config: AdaptConfig = AdaptConfig(), # step size, trajectories, guards
+                 deterministic: bool = False, # most likely actions in the evaluated episodes
+                 inner_lr: float | dict = None): # of the learner, as for `adaptation_functions`
+        self.policy, self.tasks, self.env, self.meta = policy, tasks, env, meta
+        self.config, self.deterministic, self.inner_lr = config, deterministic, inner_lr
+        self.adapter = create_adapter(stack(params, len(tasks)), config.guards(),
+                                      config.strategy, stacked=True)
+
+    def evaluate(self) -> Trajectories: # [M, 1, T]
+        "The evaluation episodes, with the noise that they always have."
+        return evaluation_trajectories(self.policy, self.adapter.params, self.tasks, self.env,
+                                       self.deterministic)
+
+    def collect(self,
+                k: int, # how many steps came before; it chooses the noise
+               ) -> Trajectories: # [M, K, T]
+        "Fresh support trajectories."
+        env = replace(self.env, num_envs=self.config.trajectories or self.env.num_envs)
+        return collect(self.policy, self.adapter.params, self.tasks, env, 'support', (k,))
+
+    def step(self,
+             support: Trajectories, # what to learn from
+             share: Tensor): # of the full step, in [0, 1], [M]
+        "One guarded gradient step of each policy."
+        advantage = advantages(support, self.meta.gamma, self.meta.gae_lambda)
+        functions = adaptation_functions(self.policy, self.adapter, self.meta, self.inner_lr)
+        self.adapter.adapt(batch=policy_batch(self.policy, support, advantage), scale=share,
+                           **functions)
+
+    def remember(self,
+                 fresh: Trajectories): # played by the policies as they are now
+        "Note the return, and the parameters where it is the best so far."
+        self.adapter.observe_return(fresh.returns.mean(1))
+
+    def take_back(self) -> Tensor: # bool [M]: whose step it was
+        "Return to the best parameters so far, where the last return is below theirs."
+        if self.config.rollback: return self.adapter.restore_best()
+        return torch.zeros(len(self.tasks), dtype=torch.bool)
+
+    def go_on(self) -> Trajectories: # [M, 1, T]
+        "Play the evaluation episodes and adapt meanwhile."
+        return online_episode(self.policy, self.adapter, self.tasks, self.env, self.meta,
+                              self.config, self.deterministic, self.inner_lr)
+
+# %% ../nbs/06a_policy_adaptation.ipynb #06a00042
+def _rows(tensors, M):  # -> array [n, M]; bool if there is none
+    if not tensors: return np.zeros((0, M), bool)
+    return np.stack([np.asarray(x.cpu()) for x in tensors])
+
+
+class _Record:  # what adaptation did so far
+    def __init__(self, policies, on_step, keep_paths):
+        self.policies, self.on_step = policies, on_step
+        self.references = reference_returns(policies.tasks, policies.env)
+        self.paths = [] if keep_paths else None
+        self.returns, self.drift, self.kept, self.before = [], [], [], None
+
+    def add(self, fell=None):  # evaluate, after a step of which `fell` says who took it back
+        self.after = self.policies.evaluate()
+        if self.before is None: self.before = self.after
+        self.returns.append(self.after.returns[:, 0])
+        self.drift.append(self.policies.adapter.drift())
+        if fell is not None: self.kept.append(~fell)
+        if self.paths is not None: self.paths.append(self.after)
+        if self.on_step is not None: self.on_step(len(self.kept), self.result())
+
+    def result(self) -> AdaptationResult:
+        M, params = len(self.policies.tasks), self.policies.adapter.params
+        returns, drift, kept = (_rows(x, M) for x in (self.returns, self.drift, self.kept))
+        return AdaptationResult(
+            self.policies.tasks, returns.astype(float), self.references, self.before, self.after,
+            drift, kept, {name: v.detach().clone() for name, v in params.items()},
+            None if self.paths is None else list(self.paths))
 
 # %% ../nbs/06a_policy_adaptation.ipynb #06a00021
+@contextmanager
+def _progress(steps, shown):  # 0 to steps - 1, with a bar on stderr that closes in any case
+    from tqdm import tqdm
+    with tqdm(range(steps), 'adapting', unit='step', file=sys.stderr, disable=not shown) as bar:
+        yield bar
+
+
 def adapt_policy(
     policy: SSMMetaPolicy, # functional form
     params: dict, # meta-parameters, [...]
@@ -143,30 +281,63 @@ def adapt_policy(
     deterministic: bool = False, # most likely actions in the evaluated episodes
     progress: bool = False, # show a bar on stderr
     inner_lr: float | dict = None, # of the learner, as for `adaptation_functions`
+    on_step: Callable = None, # (k, AdaptationResult so far), after k = 0, 1, ... steps
+    keep_paths: bool = False, # keep the evaluation episodes of all steps, as `paths`
 ) -> AdaptationResult:
-    "Adapt to M tasks, and evaluate on the same episode after every step."
-    adapter = create_adapter(stack(params, len(tasks)), config.guards(), config.strategy, stacked=True)
+    """Adapt to M tasks by a line search on fresh trajectories (Armijo, 1966), and evaluate on the
+    same episode after every step. An error in `on_step` ends it; policy and `params` never change.
+    """
+    policies = AdaptingPolicies(policy, params, tasks, env, meta, config, deterministic, inner_lr)
+    record = _Record(policies, on_step, keep_paths)
+    record.add()
+    support = policies.collect(0)
+    policies.remember(support)
+    share = torch.ones(len(tasks), device=support.reward.device)
+    started = torch.zeros_like(share, dtype=torch.bool)
+    with _progress(config.steps, progress) as steps:
+        for k in steps:
+            policies.step(support, share)
+            fresh = policies.collect(k + 1)
+            policies.remember(fresh)
+            fell = policies.take_back().to(share.device)
+            support = choose_trajectories(fell, support, fresh)
+            share, started = next_share(share, fell, started, config.later_scale)
+            record.add(fell)
+    if config.online: record.after = policies.go_on()
+    return record.result()
+
+# %% ../nbs/06a_policy_adaptation.ipynb #06a00027
+def online_advantages(
+    traj: Trajectories, # an episode so far, [M, 1, t]
+    new: Tensor, # bool [M, 1, t]: the steps to learn from, up to the last but one
+    meta: MetaConfig, # discount and lambda
+) -> Tensor: # [M, 1, t], normalised over the new steps
+    "GAE over a piece of an episode, with the value head in place of what is still to come."
+    value = traj.value.masked_fill(~traj.mask, 0)
+    last = torch.zeros_like(new)
+    last[..., -1] = traj.mask[..., -1]
+    reward = (traj.reward * new).masked_fill(last, 0)
+    reward = reward + value * last  # at the last step the estimate is the value itself
+    return normalise(gae(reward, value * (new | last), meta.gamma, meta.gae_lambda), new)
+
+# %% ../nbs/06a_policy_adaptation.ipynb #06a00043
+def online_step(
+    policy: SSMMetaPolicy, # functional form
+    adapter: Adapter, # holds the parameters of M tasks
+    traj: Trajectories, # the episodes so far, [M, 1, t]
+    env: EnvConfig, # K and T of a full support batch
+    meta: MetaConfig, # the inner loss that was meta-trained
+    config: AdaptConfig, # length of the newest piece
+    inner_lr: float | dict = None, # of the learner, as for `adaptation_functions`
+) -> None:
+    "Adapt to the newest piece, by a step as short as its share of a full support batch."
+    new = torch.zeros_like(traj.mask)
+    newest = slice(-config.online_interval, -1)
+    new[..., newest] = traj.mask[..., newest]
+    batch = policy_batch(policy, traj, online_advantages(traj, new, meta), new)
+    full = (config.trajectories or env.num_envs) * env.trial_length
     functions = adaptation_functions(policy, adapter, meta, inner_lr)
-    evaluation = lambda: evaluation_trajectories(policy, adapter.params, tasks, env, deterministic)
-    support_env = replace(env, num_envs=config.trajectories or env.num_envs)
-    collect_support = lambda step: collect(policy, adapter.params, tasks, support_env, 'support', (step,))
-    before = after = evaluation()
-    support, length = collect_support(0), torch.ones(len(tasks), device=before.reward.device)  # length: share of the step to take
-    adapter.observe_return(support.returns.mean(1))
-    returns, drift, kept, began = [before.returns[:, 0]], [adapter.drift()], [], torch.zeros_like(length, dtype=torch.bool)  # began: has kept a step
-    for step in tqdm(range(config.steps), 'adapting', unit='step', file=sys.stderr, disable=not progress):
-        adapter.adapt(batch=policy_batch(policy, support, advantages(support, meta.gamma, meta.gae_lambda)), scale=length, **functions)
-        fresh = collect_support(step + 1)
-        adapter.observe_return(fresh.returns.mean(1))
-        fell = adapter.restore_best().to(length.device) if config.rollback else torch.zeros_like(length, dtype=torch.bool)
-        support, length = choose_trajectories(fell, support, fresh), torch.where(fell, length / 2, torch.where(began, length, length * config.later_scale))
-        began = began | ~fell
-        after = evaluation()
-        returns.append(after.returns[:, 0]), drift.append(adapter.drift()), kept.append(~fell)
-    if config.online: after = online_episode(policy, adapter, tasks, env, meta, config, deterministic, inner_lr)
-    array = lambda rows: np.stack([np.asarray(row.cpu()) for row in rows]) if rows else np.zeros((0, len(tasks)), bool)
-    return AdaptationResult(tasks, array(returns).astype(float), reference_returns(tasks, env), before, after, array(drift), array(kept),
-                            {k: v.detach().clone() for k, v in adapter.params.items()})
+    adapter.adapt(batch=batch, scale=new.sum((1, 2)) / full, **functions)
 
 # %% ../nbs/06a_policy_adaptation.ipynb #06a00026
 def online_episode(
@@ -180,26 +351,11 @@ def online_episode(
     inner_lr: float | dict = None, # of the learner, as for `adaptation_functions`
 ) -> Trajectories: # the evaluation episodes, [M, 1, T]
     "Play the evaluation episodes and go on adapting meanwhile."
-    episode = Rollout(policy, tasks, replace(env, num_envs=1), 'evaluation', deterministic=deterministic)
+    episode = Rollout(policy, tasks, replace(env, num_envs=1), 'evaluation',
+                      deterministic=deterministic)
     traj = episode.run(adapter.params, min(config.online_interval, env.trial_length))
-    while (done := traj.reward.shape[-1]) < env.trial_length:
-        new = torch.zeros_like(traj.mask)
-        new[..., -config.online_interval:-1] = traj.mask[..., -config.online_interval:-1]  # the last step's value is where the estimate ends
-        share = new.sum((1, 2)) / ((config.trajectories or env.num_envs) * env.trial_length)
-        adapter.adapt(batch=policy_batch(policy, traj, online_advantages(traj, new, meta), new), scale=share, **adaptation_functions(policy, adapter, meta, inner_lr))
+    while left := env.trial_length - traj.reward.shape[-1]:
+        online_step(policy, adapter, traj, env, meta, config, inner_lr)
         episode.recompute_memory(adapter.params, traj)
-        traj = episode.run(adapter.params, min(config.online_interval, env.trial_length - done))
+        traj = episode.run(adapter.params, min(config.online_interval, left))
     return traj
-
-# %% ../nbs/06a_policy_adaptation.ipynb #06a00027
-def online_advantages(
-    traj: Trajectories, # an episode so far, [M, 1, t]
-    new: Tensor, # bool [M, 1, t]: the steps to learn from
-    meta: MetaConfig, # discount and lambda
-) -> Tensor: # [M, 1, t], normalised over the new steps
-    "GAE over a piece of an episode, with the value head in place of what is still to come."
-    value = traj.value.masked_fill(~traj.mask, 0)
-    last = torch.zeros_like(new)
-    last[..., -1] = traj.mask[..., -1]
-    reward = (traj.reward * new).masked_fill(last, 0) + value * last  # at the last step the estimate is the value itself
-    return normalise(gae(reward, value * (new | last), meta.gamma, meta.gae_lambda), new)
