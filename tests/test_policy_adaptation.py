@@ -1,6 +1,7 @@
 "Adaptation of a policy: what the callback sees, what it may break, which paths are kept, and the line search against one by hand."
 import sys
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -177,6 +178,20 @@ def test_as_many_support_trajectories_as_asked():
     policy = make_policy()
     def shape(**kw): return AdaptingPolicies(policy, policy.get_params(), TASKS, ENV, META, AdaptConfig(**kw)).collect(0).reward.shape
     assert shape() == (4, 3, 8) and shape(trajectories=5) == (4, 5, 8)
+
+
+def test_only_tasks_that_fell_go_back():
+    policy = make_policy()
+    policies = AdaptingPolicies(policy, policy.get_params(), TASKS, ENV, META)
+    support = policies.collect(0)
+    policies.remember(support)
+    policies.step(support, torch.ones(4))
+    drift = policies.adapter.drift().tolist()
+    assert min(drift) > 0
+    change = torch.tensor([1., -1., 0., -.01])  # of the return
+    policies.remember(SimpleNamespace(returns=support.returns + change[:, None]))
+    assert policies.take_back().tolist() == [False, True, False, True]
+    assert policies.adapter.drift().tolist() == [drift[0], 0., drift[2], 0.]
 
 
 # --- online
