@@ -329,8 +329,8 @@ def table_row(
                  command=experiment_command(name, variant, seeds, changes, device))
     measured = (with_intervals('iqm', returns, iqm) | with_intervals('mean', returns, np.mean)
                 | with_intervals('gain', gain, np.mean))
-    references = {player: rounded(np.mean([row['references'][player] for row in rows]))
-                  for player in rows[0]['references']}
+    players = [k for k in rows[0]['references'] if all(k in row['references'] for row in rows)]
+    references = {k: rounded(np.mean([row['references'][k] for row in rows])) for k in players}
     rest = dict(hurt_rate=round(float((gain < 0).mean()), 4), references=references,
                 checkpoints=[row.get('checkpoint') for row in rows])
     rest |= {k: [row.get(k) for row in rows] for k in ('scores', 'training_s', 'training_cpu_s')}
@@ -393,6 +393,7 @@ def _is_row(row):  # a whole result, of which a table can be made?
     if not isinstance(row, dict): return False
     if not all(type(row.get(name)) is kind for name, kind in _TYPES.items()): return False
     if not _numbers(row.get('returns_by_step'), 2) or not _has_scores(row['scores']): return False
+    if len(row['returns_by_step'][0]) != row.get('episodes'): return False
     if not all(_numbers(x, 1) for x in row['references'].values()): return False
     made = row.get('provenance', dict(evaluation=dict(device='cpu')))  # older rows have none
     evaluation = made.get('evaluation') if isinstance(made, dict) else None
@@ -420,7 +421,8 @@ def _fits(row, experiment, meta):  # was this row made on the terms of this expe
     if row.get('variant') not in experiment.variants: return False
     try: wanted = _row_conditions(experiment, row['variant'], row['seed'], meta)
     except ValueError: return False  # a seed that cannot be
-    return wanted.items() <= row.items()
+    steps = wanted['config']['adapt']['steps']
+    return wanted.items() <= row.items() and len(row['returns_by_step']) == steps + 1
 
 
 def fitting_rows(
@@ -510,7 +512,7 @@ def run_experiment(
     for what in wanted:
         variant, seed = what['variant'], what['seed']
         path = rows / _row_file(variant, seed)
-        if what.items() <= read_row(path).items(): continue
+        if _fits(row := read_row(path), experiment, meta) and what.items() <= row.items(): continue
         if progress: print(f'{name}: {variant}, seed {seed}', file=sys.stderr)
         config = experiment.variant(variant, seed, **meta)
         found = run_variant(experiment, config, _checkpoint_folder(path, what), progress, device)

@@ -61,7 +61,7 @@ def process(plugin, folder, seeds, **changes):  # a Python of its own that does 
 
 # --- rows ---
 
-WRONG = dict(returns_by_step=[None, 3, 'x', [], [[]], [1., 2.], [[1., 2.], [3.]], [[1., None]], [[1., 'x']], {}, [[10**400]]],
+WRONG = dict(returns_by_step=[None, 3, 'x', [], [[]], [1., 2.], [[1., 2.], [3.]], [[1., None]], [[1., 'x']], {}, [[10**400]], [[1., 2., 3.]] * 2, [[1., 2., 3., 4.]], [[1., 2., 3., 4.]] * 3],
              seed=[True, 1.5, '0', None, -1], variant=['LSTM', None, [], 3], references=[None, [1.], {'random': 3}, {'random': [None]}],
              scores=[[], {'held_out': []}, {'held_out': {'greedy': {'reward': 3}}}, {'held_out': {'greedy': {'reward': ['x', 1]}}}], provenance=[[], 'here', {}, {'evaluation': 3}, {'evaluation': {'device': 3}}],
              episodes=[5], version=['0.0.0'], config=[None, [], {}])
@@ -99,6 +99,13 @@ def test_a_copy_of_a_row_is_not_another_seed(folder):
     rows = folder / 'rows'
     shutil.copy(rows / 'SSM_0.json', rows / 'SSM_0 (copy).json'), shutil.copy(rows / 'SSM_0.json', rows / 'SSM_1.json')
     assert run(folder)['table'][0]['seeds'] == [0]
+
+
+def test_a_row_without_a_player(folder):
+    results, path = run(folder, [0, 1]), folder / 'rows' / 'SSM_1.json'
+    row = json.loads(path.read_text())
+    path.write_text(json.dumps(row | dict(references={k: v for k, v in row['references'].items() if k != 'oracle'})))
+    assert run(folder)['table'][0]['references'] == {k: v for k, v in results['table'][0]['references'].items() if k != 'oracle'}
 
 
 def test_rows_that_were_published_are_still_read():
