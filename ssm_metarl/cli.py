@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INTEGER', 'NUMBER', 'TEXT', 'FILE', 'check_figure', 'Train', 'Eval', 'Adapt', 'RunExperiment', 'config_flag',
-           'one_line', 'plain_decimals', 'parse', 'show', 'fail', 'main']
+           'one_line', 'plain_decimals', 'parse', 'show', 'fail', 'load_plugins', 'main']
 
 # %% ../nbs/08e_command_line.ipynb #08e00002
 import argparse
@@ -29,6 +29,7 @@ from .files import to_json, writable_folder
 from .training import train
 from .pipeline import check_episodes, evaluate, evaluate_with_adaptation
 from .plots import plot_adaptation
+from .registry import load_installed_plugins, load_plugin
 
 # %% ../nbs/08e_command_line.ipynb #08e00006
 INTEGER, NUMBER, TEXT, FILE = (tyro.conf.arg(metavar=kind) for kind in ('INT', 'FLOAT', 'STR', 'PATH'))
@@ -191,6 +192,20 @@ def fail(message, status):  # -> status, after one line on stderr
     print('ssm-metarl:', ' '.join(str(message).split()), file=sys.stderr)
     return status
 
+# %% ../nbs/08e_command_line.ipynb #08e0p000
+def load_plugins(
+    argv: list, # words of the command line
+) -> list: # the other words
+    """Load what installed packages declare, then every `--plugin`. Raises ValueError for one that
+    cannot be loaded; an installed one is left out with a note."""
+    for error in load_installed_plugins(): print('ssm-metarl: note:', error, file=sys.stderr)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument('--plugin', action='append', default=[])
+    try: found, rest = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error: raise ValueError(f'--plugin: {error.message}') from None
+    for plugin in found.plugin: load_plugin(plugin)
+    return rest
+
 # %% ../nbs/08e_command_line.ipynb #08e00020
 def main(
     argv: list = None, # words of the command line; None: those of the process
@@ -200,6 +215,7 @@ def main(
     keep_memory()
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
+        argv = load_plugins(argv)
         result = parse(argv).run()
         for name, value in result.items(): print(f'{name:>20}  {show(value)}', file=sys.stderr)
         print(to_json(result), flush=True)

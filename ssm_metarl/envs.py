@@ -312,8 +312,8 @@ class EnvConfig:
             object.__setattr__(self, f.name, plain(getattr(self, f.name), f.name))
         for name in ('num_envs', 'time_limit', 'episodes_per_trial'):
             value = getattr(self, name)
-            if not _is_integer(value) or value < 1:
-                raise ValueError(f'{name}={value!r} is not a positive integer')
+            if not _is_integer(value) or not 1 <= value < 2**31:
+                raise ValueError(f'{name}={value!r} is not a positive integer (below 2**31)')
         if not _is_integer(self.seed) or not 0 <= self.seed < 2**63:
             raise ValueError(f'seed={self.seed!r} is not an integer >= 0 and below 2**63')
         self.family  # raises, if name or options are wrong

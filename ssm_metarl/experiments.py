@@ -233,7 +233,8 @@ def run_variant(
 ) -> dict: # what was measured and with what, with plain values
     """Train one variant with one seed (or go on), choose a checkpoint on validation tasks, adapt
     to test tasks. Raises RuntimeError for a checkpoint that cannot be read."""
-    trained = train(config, folder, resume=_goes_on(folder), device=device, progress=progress)
+    trained = train(config, folder, resume=_goes_on(folder), device=device, progress=progress,
+                    eval_every=0)  # the checkpoint is chosen below
     paths = _checkpoint_choices(experiment, config, folder)
     validation = validation_returns(paths, config, experiment.validation, device)
     best = max(validation, key=validation.get, default=config.meta.outer_steps)

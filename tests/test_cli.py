@@ -43,9 +43,9 @@ def test_three_names_of_one_program():
 
 def test_train(trained):
     folder, result = trained
-    assert result.keys() == {'outer_steps', 'wall_s', 'cpu_s', 'env_steps', 'final_pre_return', 'final_post_return', 'checkpoint'}
+    assert result.keys() == {'outer_steps', 'wall_s', 'cpu_s', 'env_steps', 'final_pre_return', 'final_post_return', 'checkpoint', 'best_checkpoint'}
     assert result['outer_steps'] == 11 and 0 < result['env_steps'] <= 11 * 2 * 2 * 3 * 12  # some episodes end early
-    assert sorted(p.name for p in folder.iterdir()) == ['latest.npz', 'step_10.npz', 'train.jsonl']
+    assert sorted(p.name for p in folder.iterdir()) == ['best.npz', 'latest.npz', 'step_10.npz', 'train.jsonl']
     with np.load(folder / 'latest.npz', allow_pickle=False) as file:
         header = json.loads(str(file['header']))
         assert int(file['step']) == 11 and header['format_version'] == 1 and header['config']['time_limit'] == 12 and 'wall_s' not in str(header)
