@@ -16,7 +16,7 @@ from . import __version__
 from .config import ExperimentConfig, config_from_dict
 from .files import read_npz, write_npz
 from .meta_learner import LEARNERS, MetaLearner
-from .registry import PLUGINS
+from .registry import missing_plugins
 
 # %% ../nbs/08a_checkpoints.ipynb #08a00006
 FORMAT, FORMAT_VERSION = 'ssm_metarl checkpoint', 1
@@ -40,11 +40,12 @@ def save_checkpoint(
 def load_checkpoint(
     path: Path, # .npz file
 ) -> tuple: # ExperimentConfig, learner state
-    "Read a checkpoint; CheckpointError says what is wrong with it."
+    "Read a checkpoint; CheckpointError says what is wrong with it, or which plug-in it needs."
     try:
         header, state = read_npz(path, FORMAT, FORMAT_VERSION)
-        missing = [name for name in header.get('plugins', []) if name not in PLUGINS]
-        return config_from_dict(ExperimentConfig(), header['config']), state
+        missing = missing_plugins(header.get('plugins', []))
+        try: return config_from_dict(ExperimentConfig(), header['config']), state
+        except ValueError as error: raise ValueError(f'{path} {missing}' if missing else error)
     except (ValueError, KeyError) as error:
         raise CheckpointError(f'checkpoint: {error}') from None
 
