@@ -110,8 +110,8 @@ class Registry(dict):
 def _locate(plugin):  # -> its name, and its file or None
     if not plugin.lower().endswith('.py'):
         if all(part.isidentifier() for part in plugin.split('.')): return plugin, None
-        raise ValueError(f'plugin={plugin!r:.80} is neither a file that ends in .py nor the name of '
-                         "a module, such as 'my_package.windy'")
+        raise ValueError(f'plugin={plugin!r:.80} is neither a file that ends in .py nor the name '
+                         "of a module, such as 'my_package.windy'")
     path = os.path.abspath(os.path.expanduser(plugin))
     if not os.path.isfile(path): raise ValueError(f'plugin={path!r}: there is no such file')
     file = Path(path).resolve()  # a link has the name of what it leads to
@@ -170,7 +170,8 @@ def _all_or_nothing(plugin):
 # %% ../nbs/00_registry.ipynb #b37484f8
 def _where(error):  # its place in the plug-in, and what it says
     frames = traceback.extract_tb(error.__traceback__)
-    begin = max((i + 1 for i, f in enumerate(frames) if f.filename.startswith('<frozen')), default=0)
+    imports = [i for i, f in enumerate(frames) if f.filename.startswith('<frozen importlib')]
+    begin = imports[-1] + 1 if imports else 0
     frames = [(Path(f.filename), f.lineno) for f in frames[begin:]]  # of the module, and deeper
     places = [place for place in frames if place[0].parent == frames[0][0].parent]
     if isinstance(error, SyntaxError) and error.filename:
@@ -212,7 +213,7 @@ def load_installed_plugins() -> list: # of errors, one line each
     for package in distributions():
         try: modules |= _declared(package)
         except Exception as error:  # whatever a damaged file makes the parser raise
-            errors.append(f'the entry points of the package in {package.locate_file("")} that '
+            errors.append(f'a package in {package.locate_file("")} declares plug-ins in a way that '
                           f'cannot be read ({type(error).__name__}: {error})')
     for module in sorted(modules):
         try: load_plugin(module)
