@@ -20,7 +20,7 @@ from .files import (check_members, check_sizes, read_npz, shapes_without_memory,
                               write_npz)
 from .meta_learner import LEARNERS, MetaLearner
 from .policy import SSMMetaPolicy
-from .registry import PLUGINS
+from .registry import missing_plugins
 
 # %% ../nbs/08a_checkpoints.ipynb #08a10010
 FORMAT, FORMAT_VERSION = 'ssm_metarl checkpoint', 1
@@ -42,17 +42,10 @@ def save_checkpoint(
 
 # %% ../nbs/08a_checkpoints.ipynb #08a10013
 def _config_in(header):  # ValueError if there is none; with the plug-ins that may be missing
-    plugins = header.get('plugins', [])
-    if not (isinstance(plugins, list) and all(isinstance(x, str) for x in plugins)):
-        raise ValueError('plugins is not a list of names')
+    missing = missing_plugins(header.get('plugins', []))
     try: return config_from_dict(ExperimentConfig(), header.get('config'), complete=True)
     except (ValueError, OverflowError) as error:
-        missing = [name for name in plugins if name not in PLUGINS]
-        if not missing: raise ValueError(str(error)) from None
-        flags = ' '.join(f'--plugin PATH/{x}' if x.endswith('.py') else f'--plugin {x}'
-                         for x in missing)
-        raise ValueError(f'it needs the plug-in {", ".join(map(repr, missing))}, which is not '
-                         f'loaded; give {flags}, or call load_plugin') from None
+        raise ValueError(f'it {missing}' if missing else str(error)) from None
 
 # %% ../nbs/08a_checkpoints.ipynb #08a10015
 def _moments(k, shape):  # of Adam for a parameter: name -> (dtype, shape)
