@@ -101,12 +101,11 @@ def names(folder): return sorted(p.name for p in Path(folder).iterdir())
 class Strikes:
     "Raise signals when a line of some functions is about to run, for the first time in the nth call of the function."
     def __init__(self, places, codes, opcodes=False):
-        self.places, self.codes, self.opcodes, self.seen, self.calls = Counter(places), codes, opcodes, [], Counter()
+        self.places, self.codes, self.opcodes, self.seen, self.kill = Counter(places), codes, opcodes, [], None
 
     def watch(self, frame, event, arg):
         if frame.f_code not in self.codes: return None
         frame.f_trace_opcodes = self.opcodes
-        self.calls[frame.f_code] += 1
         visited = set()
         def strike(frame, event, arg):
             where = frame.f_lasti if self.opcodes else frame.f_lineno
@@ -114,6 +113,7 @@ class Strikes:
             visited.add(where)
             place = len(self.seen)
             self.seen.append((frame.f_code.co_name, frame.f_lineno))
+            if place == self.kill: os.kill(os.getpid(), signal.SIGKILL)
             for signum in (INT, TERM)[:self.places.pop(place, 0)]: signal.raise_signal(signum)
             return strike
         return strike
@@ -190,9 +190,220 @@ class Story:
 def story(quick, tmp_path, monkeypatch): return Story(monkeypatch, tmp_path)
 
 
-def test_a_signal_at_every_line(story, outside, tmp_path, capfd):
-    places, _ = story.struck([])
-    assert {name for name, _ in places} >= {f.co_name for f in RUNNING | WRITING} - {'set_aside', 'load_state_dict'}
-    begin = time.time()
-    for place in range(len(places))[::40]: story.struck([place])
-    with capfd.disabled(): print(len(places), len(story.known), time.time() - begin)
+# every line of these functions is a place where signals strike; one signal asks for an end, a second one makes it
+
+@pytest.fixture
+def places(story):
+    found, said = story.struck([])
+    assert said is None and {name for name, _ in found} >= {f.co_name for f in RUNNING | WRITING} - {'set_aside'} | {'all_or_nothing', 'outer_step'}
+    return len(found)
+
+
+def test_a_signal_at_every_line(story, places):
+    said = Counter(str(story.struck([place])[1]).partition(';')[0] for place in range(places))
+    assert said.keys() == {'None', 'stopped by SIGINT after 10 of 11 outer steps'} and min(said.values()) > 50  # the step is finished
+
+
+def test_two_signals_at_every_line(story, places):
+    said = Counter(str(story.struck([place, place])[1]).partition(';')[0] for place in range(places))
+    assert said.keys() == {'None', *(f'stopped by SIGINT after {n} of 11 outer steps' for n in (9, 10))} and said['stopped by SIGINT after 9 of 11 outer steps'] > 10  # dropped
+
+
+def test_a_second_signal_at_every_line_after_the_first(story, places):
+    said = Counter(str(story.struck([1, place])[1]).partition(';')[0] for place in range(2, places // 2 + 20))
+    assert said.keys() == {f'stopped by SIGINT after {n} of 11 outer steps' for n in (9, 10)} and min(said.values()) > 10
+
+
+def test_two_signals_at_every_instruction_of_the_loop(story):
+    codes = code_of(training._finish_or_save, Stops.shielded)
+    found, _ = story.struck([], codes, opcodes=True)
+    assert len(found) > 100
+    for place in range(len(found)): story.struck([place, place], codes, opcodes=True)
+
+
+def test_signals_while_the_stopped_run_is_saved(story, monkeypatch):
+    save = Run.save
+    def interrupted(run, name):
+        for signum in (INT, TERM, INT): signal.raise_signal(signum)
+        save(run, name)
+        for signum in (TERM, INT): signal.raise_signal(signum)
+    monkeypatch.setattr(Run, 'save', interrupted)
+    _, said = story.struck([])
+    assert 'after 10 of 11' in str(said)
+
+
+def test_signals_while_an_earlier_run_is_moved(story, tmp_path, outside):
+    "A new run over an earlier one: whatever happens, every file of the earlier run is there."
+    earlier, config = {name: (story.first / name).read_bytes() for name in names(story.first)}, tiny(2, seed=3)
+    def start(folder, places=()):
+        inside, strikes, said = training._finish_or_save, Strikes(places, EVERYTHING), None
+        def traced(*args):
+            with strikes: inside(*args)
+        with story.monkeypatch.context() as patch:
+            patch.setattr(training, '_finish_or_save', traced)
+            try: go(folder, 2, resume=False, config=config)
+            except TrainingStopped as error: said = str(error)
+        return len(strikes.seen), said
+    number, _ = start(copy(story.first, tmp_path / 'whole'))
+    whole, said = parameters(tmp_path / 'whole' / 'latest.npz'), Counter()
+    for place in range(0, number, 2):
+        folder = copy(story.first, tmp_path / 'run')
+        _, words = start(folder, [place, place])
+        now = folder / 'earlier_1' if (folder / 'earlier_1').exists() else folder
+        assert {name: (now / name).read_bytes() for name in earlier} == earlier
+        if words is None: continue
+        said[words.partition(';')[2]] += 1
+        assert words.endswith('nothing was saved') == (now == folder)
+        if now == folder: continue
+        go(folder, 2, config=config)
+        assert same(parameters(folder / 'latest.npz'), whole)
+    assert len(said) == 2 and min(said.values()) > 5
+
+
+# --- signals that come from outside ---
+
+def test_outside_the_main_thread_nobody_listens(quick, tmp_path):
+    before, done = {s: signal.getsignal(s) for s in (INT, TERM)}, []
+    def work():
+        done.append(go(tmp_path, 3)['outer_steps'])
+        assert {s: signal.getsignal(s) for s in (INT, TERM)} == before
+    thread = threading.Thread(target=work)
+    thread.start(), thread.join()
+    assert done == [3]
+
+
+@pytest.mark.parametrize('where', ['outer_step', 'state_dict', 'validate'])
+def test_an_interrupt_that_is_raised_like_that_of_a_notebook(where, story, monkeypatch):
+    "Handlers of somebody else: KeyboardInterrupt out of nowhere, in a step or in a commit."
+    owner = training if where == 'validate' else Quick
+    real, calls = getattr(owner, where), []
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == {'state_dict': 3}.get(where, 1): raise KeyboardInterrupt
+        return real(*args, **kwargs)
+    folder = copy(story.first, story.run)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, where, interrupted)
+        with pytest.raises(KeyboardInterrupt): go(folder, 11, keep=1)
+    assert same(parameters(folder / 'latest.npz'), story.states[int(parameters(folder / 'latest.npz')['step'])])
+    story.resumed(where)
+
+
+LEARNING_METHODS = ('maml', 'reptile', 'anil', 'meta-sgd', 'joint', 'rl2')
+
+
+@pytest.mark.parametrize('learner', LEARNING_METHODS)
+def test_every_learner_goes_on_from_two_signals_in_a_step(learner, tmp_path, monkeypatch):
+    "The first at the beginning of the third step, the second in the middle of its validation, for which it waits."
+    config = tiny(5, learner)
+    go(tmp_path / 'whole', 5, config=config)
+    adapt, calls = training.adapt_policy, []
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            for signum in (TERM, INT): signal.raise_signal(signum)
+        return adapt(*args, **kwargs)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, 'adapt_policy', interrupted)
+        with pytest.raises(TrainingStopped, match='stopped by SIGTERM after 3 of 5 outer steps; --resume') as error: go(tmp_path / 'run', 5, config=config)
+    assert error.value.status == 143 and int(parameters(tmp_path / 'run' / 'latest.npz')['step']) == 3
+    go(tmp_path / 'run', 5, config=config)
+    for name in ('latest.npz', 'best.npz'): assert same(parameters(tmp_path / 'run' / name), parameters(tmp_path / 'whole' / name))
+    assert results(tmp_path / 'run') == results(tmp_path / 'whole')
+
+
+WORDS = '--num-envs 3 --time-limit 10 --tasks-per-batch 2 --policy.hidden-dim 4 --policy.state-dim 4'.split()
+
+
+@pytest.mark.parametrize('signals, status', [([INT], 130), ([TERM], 143), ([INT, TERM], 130)])
+def test_a_process_that_is_stopped(signals, status, tmp_path):
+    words = [sys.executable, '-m', 'ssm_metarl', 'train', '--outer-steps', '500', '--ckpt-dir', str(tmp_path), *WORDS]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / 'train.jsonl').exists() and process.poll() is None: time.sleep(.02)
+    for signum in signals:
+        process.send_signal(signum)
+        time.sleep(.005)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == status and out == '' and 'Traceback' not in err
+    done = int(parameters(tmp_path / 'latest.npz')['step'])
+    assert len(read_log(tmp_path)) == done > 0
+    assert '--resume' in err.splitlines()[-1] and not [n for n in names(tmp_path) if n.startswith('.')]
+
+
+# --- SIGKILL ---
+
+def in_fork(function, *args):  # -> exit code; a negative one is a signal
+    child = multiprocessing.get_context('fork').Process(target=function, args=args)
+    child.start()
+    return child
+
+
+def quietly(function, *args, **kwargs):
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    function(*args, **kwargs)
+
+
+def left_over(folder):  # files that nobody will read or remove
+    return [n for n in names(folder) if n != '.lock' and not n.endswith('.unfinished')]
+
+
+@FORKS
+def test_killed_at_20_random_moments(tmp_path):
+    draw, steps = random.Random(20), 12
+    begin = time.monotonic()
+    in_fork(quietly, go, tmp_path / 'whole', steps).join()
+    seconds, stood = time.monotonic() - begin, []
+    whole, expected = parameters(tmp_path / 'whole' / 'latest.npz'), names(tmp_path / 'whole')
+    assert expected == ['best.npz', 'latest.npz', 'step_10.npz', 'train.jsonl']
+    for _ in range(20):
+        folder = tmp_path / 'run'
+        child = in_fork(quietly, go, folder, steps)
+        child.join(draw.uniform(.1, 1) * seconds)
+        child.kill(), child.join()
+        if not (folder / 'train.jsonl').exists(): continue  # it had not begun
+        unfinished = set(names(folder)) - {*expected, '.lock'}
+        assert len(unfinished) <= 1 and all(n.endswith('.unfinished') for n in unfinished)
+        if (folder / 'latest.npz').exists(): parameters(folder / 'latest.npz')
+        stood.append(len(read_log(folder)))
+        go(folder, steps)
+        assert same(parameters(folder / 'latest.npz'), whole) and names(folder) == expected and results(folder) == results(tmp_path / 'whole')
+        shutil.rmtree(folder)
+    assert len(set(stood)) > 5
+
+
+def killed_at(place, folder, steps, kwargs, report):
+    inside = training._finish_or_save
+    def traced(*args):
+        with Strikes([], EVERYTHING) as strikes:
+            strikes.kill = place
+            inside(*args)
+        report.value = len(strikes.seen)
+    training._finish_or_save = traced
+    quietly(go, folder, steps, **kwargs)
+
+
+@FORKS
+@pytest.mark.parametrize('fresh', [False, True])
+def test_killed_at_every_line(fresh, story, tmp_path):
+    "Also in the middle of a file, of a line of the log, and of moving an earlier run away."
+    report, whole, moments = multiprocessing.get_context('fork').Value('i', 0), story.whole, Counter()
+    steps, kwargs = (2, dict(resume=False, config=tiny(2, seed=3))) if fresh else (11, dict(keep=1))
+    earlier = {name: (story.first / name).read_bytes() for name in names(story.first) if name.endswith('.npz')}
+    if fresh: go(tmp_path / 'fresh', steps, **kwargs); whole = tmp_path / 'fresh'
+    in_fork(killed_at, None, copy(story.first, story.run), steps, kwargs, report).join()
+    for place in range(0, report.value, 3):
+        folder = copy(story.first, story.run)
+        child = in_fork(killed_at, place, folder, steps, kwargs, report)
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+        assert len([n for n in names(folder) if n.endswith('.unfinished')]) <= 1
+        now = tuple(left_over(folder)), len(read_log(folder)), (folder / 'latest.npz').exists() and int(parameters(folder / 'latest.npz')['step'])
+        moments[now] += 1
+        if fresh:
+            places = [f for f in (folder, folder / 'earlier_1') if f.exists()]
+            assert all(any((f / name).exists() and (f / name).read_bytes() == content for f in places) for name, content in earlier.items())
+        if moments[now] > 2: continue
+        go(folder, steps, **kwargs)
+        assert same(parameters(folder / 'latest.npz'), parameters(whole / 'latest.npz')) and results(folder) == results(whole)
+        assert [n for n in names(folder) if not n.startswith('earlier')] == names(whole)
+    assert len(moments) > 4
