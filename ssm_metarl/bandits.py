@@ -31,8 +31,8 @@ class Bandit(Family):
     def __init__(self,
                  arms: int = 5, # k
                  dependent: bool = False): # two arms, with chances p and 1 - p
-        if not isinstance(arms, Integral) or arms < 2:
-            raise ValueError(f'arms={arms!r} is not an integer >= 2')
+        if not isinstance(arms, Integral) or not 2 <= arms <= 10**6:
+            raise ValueError(f'arms={arms!r:.80} is not an integer >= 2, of at most 10**6')
         if not isinstance(dependent, bool):
             raise ValueError(f'dependent={dependent!r} is neither True nor False')
         if dependent and arms != 2:
@@ -314,9 +314,10 @@ class TabularMDP(Family):
                  actions: int = 5, # A
                  horizon: int = 10): # H, steps of an episode
         for size in (states, actions, horizon):
-            if not isinstance(size, Integral) or isinstance(size, bool) or size < 1:
+            number = isinstance(size, Integral) and not isinstance(size, bool)
+            if not number or not 1 <= size <= 10**6:
                 raise ValueError(f'states={states!r}, actions={actions!r}, horizon={horizon!r}: '
-                                 'all must be integers >= 1')
+                                 'all must be integers >= 1, of at most 10**6')
         self.states, self.actions, self.horizon = states, actions, horizon
         self.observation_space = spaces.Box(0, 1, (states,), np.float32)
         self.action_space = spaces.Discrete(actions)

@@ -84,6 +84,9 @@ def _check_state(state):  # what the numbers must be; all of them are finite
         counts, squares = k.endswith('/step'), k.endswith('/exp_avg_sq')
         if counts and state[k] % 1 or (counts or squares) and np.any(state[k] < 0):
             raise ValueError(f'{k} holds what Adam cannot have written')
+    counts = [int(state[k]) for k in averages if k.endswith('/step')]
+    if min(step, 2**24) > max(counts, default=0):  # float32 counts no further than 2**24
+        raise ValueError(f'step={step}, but Adam has made {max(counts, default=0)} steps')
 
 
 def load_checkpoint(

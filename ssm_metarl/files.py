@@ -410,13 +410,14 @@ def append_line(
 # %% ../nbs/00_files.ipynb #00f00144
 def writable_folder(
     path: Path, # to be made if it is not there
+    size: int = 2**12, # bytes for which there must be room
 ) -> Path:
     "A folder in which files can be made; OSError, before any work is done, if not."
     try:
         if not str(path): raise OSError('its name is empty')
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file: file.write(bytes(2**12))
+        with tempfile.TemporaryFile(dir=folder) as file: file.write(bytes(size))
     except (OSError, ValueError) as error:
         reason = getattr(error, 'strerror', None) or str(error)
         raise OSError(f'{str(path)!r} is not a folder that can be written to ({reason}); '

@@ -208,12 +208,23 @@ def _feedthrough(config, rng):
     return rng.standard_normal((config.output_dim, config.input_dim)) / np.sqrt(config.input_dim)
 
 
+def _empty(config):  # parameters without numbers, on PyTorch's device for this
+    D, P, H = config.input_dim, config.modes, config.output_dim
+    shapes = dict(log_decay=[P], frequency=[P], log_dt=[P], B_real=[P, D], B_imag=[P, D],
+                  C_real=[H, P], C_imag=[H, P],
+                  D=[H] if config.feedthrough == 'diagonal' else [H, D])
+    if not config.is_complex:
+        for name in ('frequency', 'B_imag', 'C_imag'): del shapes[name]
+    return {k: torch.empty(shape) for k, shape in shapes.items()}
+
+
 def initial_parameters(
     config: SSMConfig, # sizes and initialisation
     seed: int, # the same seed gives the same parameters
 ) -> dict: # name -> real tensor of the default dtype
     """Parameters that turn white noise of variance 1 into states of variance 1: |B_bar|^2 = 1 -
     |A_bar|^2 (the gamma of the LRU, Orvieto et al., ICML 2023)."""
+    if torch.get_default_device().type == 'meta': return _empty(config)  # only shapes are wanted
     rng = np.random.default_rng([seed, 0x55A])
     lam, dt = initial_modes(config, rng)
     factors = step_factors(torch.from_numpy(lam), torch.from_numpy(dt), config.discretisation)

@@ -17,6 +17,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -133,7 +134,7 @@ def newest_checkpoint(
     "`latest.npz`, or without it the newest `step_N.npz` that is whole."
     latest = Path(folder) / 'latest.npz'
     if latest.exists(): return latest
-    found = {int(p.stem[5:]): p for p in Path(folder).glob('step_*.npz') if p.stem[5:].isdigit()}
+    found = {int(p.stem[5:]): p for p in Path(folder).glob('step_*.npz') if p.stem[5:].isdecimal()}
     for step in sorted(found, reverse=True):
         with suppress(CheckpointError):
             load_checkpoint(found[step])
@@ -166,18 +167,35 @@ def set_aside(
     number = 1
     while (target := Path(folder) / f'earlier_{number}').exists(): number += 1
     target.mkdir()
-    for path in sorted(files, key=lambda p: p.name != 'latest.npz'): path.rename(target / path.name)
+    order = {'latest.npz': 0, 'train.jsonl': 2}  # after a crash, what is left here can go on
+    for path in sorted(files, key=lambda p: order.get(p.name, 1)): path.rename(target / path.name)
     return target
 
 # %% ../nbs/08b_training.ipynb #08b10025
+def _is_line(line):  # has what a later session reads
+    def number(x, *more): return type(x) in (int, float, *more)
+    returns = [line.get(f'{k}_return', '') for k in ('pre', 'post')]
+    checked = line.get('validation') or dict(pre=0, post=0)
+    if type(checked) is not dict: return False
+    returns += [checked.get('pre', ''), checked.get('post', '')]
+    rest = line.get('env_steps'), line.get('wall_s'), line.get('cpu_s', 0)
+    is_step = type(line.get('step')) is int
+    none = type(None)  # JSON's null: it was not finite
+    return is_step and all(map(number, rest)) and all(number(x, none) for x in returns)
+
+
 def log_until(
     folder: Path, # of a run
     steps: int, # that are done
 ) -> list: # lines of these steps
-    "Raises CheckpointError if the log does not hold them; the last one may be missing."
-    lines = [line for line in read_log(folder) if line.get('step', steps) < steps]
-    found = [line['step'] for line in lines]
-    if found in (list(range(steps)), list(range(steps - 1))): return lines
+    "Raises CheckpointError if the log does not hold them; single ones may be missing."
+    log = read_log(folder)
+    if odd := [line for line in log if not _is_line(line)]:
+        raise CheckpointError(f'{Path(folder) / "train.jsonl"} has a line that does not describe a '
+                              f'step: {odd[0]!r:.60}; delete it, or start anew without --resume')
+    lines = [line for line in log if line['step'] < steps]
+    found = [-1, *(line['step'] for line in lines), steps]
+    if all(later - step in (1, 2) for step, later in pairwise(found)): return lines
     raise CheckpointError(f'{Path(folder) / "train.jsonl"} does not hold the {steps} steps of the '
                           'checkpoint beside it; restore it, or start anew without --resume')
 
@@ -188,13 +206,19 @@ def validation_scores(
 ) -> list: # of numbers, one for each validation
     "Returns on validation tasks: after adaptation, and for RL² before gradient steps."
     which = 'pre' if learner == 'rl2' else 'post'
-    return [line['validation'][which] for line in history if line.get('validation')]
+    found = [line['validation'][which] for line in history if line.get('validation')]
+    return [score if score is not None and np.isfinite(score) else -np.inf for score in found]
 
 
 def _stale(scores, patience):  # whether the best is so many validations ago
     return bool(patience and scores and len(scores) - 1 - int(np.argmax(scores)) >= patience)
 
 # %% ../nbs/08b_training.ipynb #08b10029
+def _tell(text):  # on stderr, if it is open: nobody stops a training because of this
+    if sys.stderr is None: return
+    with suppress(OSError, ValueError): print(text, file=sys.stderr)
+
+
 class Run:
     "A training in its folder. Learner, log and checkpoints agree after every commit."
 
@@ -211,7 +235,8 @@ class Run:
         check_adaptation(config.learner, self.learner.inner_lr, config.adapt)  # now, not later
         self.history = [] if state is None else log_until(folder, self.learner.step)
         self.state = self.learner.state_dict()  # after the last whole step
-        self.saved = None if start is None else self.done  # step of the newest checkpoint
+        is_latest = start is not None and start.name == 'latest.npz'
+        self.saved = self.done if is_latest else None  # step of `latest.npz`
         self.resumed, self.began = resume, False
         self.note = dict(provenance=provenance(device))  # into the first line
         last = self.history[-1] if self.history else {}  # earlier sessions count
@@ -256,8 +281,11 @@ class Run:
         if self.done % 10 == 0 or self.over: self.save_latest()
 
     def _begin(self):  # the log as far as it counts; an earlier run goes aside
-        if not self.resumed and (earlier := set_aside(self.folder)):
-            print(f'an earlier run in {self.folder} was moved to {earlier}', file=sys.stderr)
+        if not self.resumed:
+            size = sum(x.nbytes for x in self.learner.state_dict().values())
+            writable_folder(self.folder, size)  # before anything is moved
+            if earlier := set_aside(self.folder):
+                _tell(f'an earlier run in {self.folder} was moved to {earlier}')
         lines = ''.join(to_json(line) + '\n' for line in self.history)
         write_text_whole(self.folder / 'train.jsonl', lines)
         self.began = True
@@ -268,7 +296,7 @@ class Run:
 
     def save_latest(self):
         "Make `latest.npz` that of the last whole step, if it is not."
-        if not self.began or self.saved == self.done: return
+        if self.done in (0, self.saved): return
         self.save('latest.npz')
         self.saved = self.done
 
@@ -278,7 +306,7 @@ def keep_newest(
     keep: int, # how many
 ) -> None:
     "Delete `step_N.npz`, but not those with the largest N."
-    found = {int(p.stem[5:]): p for p in Path(folder).glob('step_*.npz') if p.stem[5:].isdigit()}
+    found = {int(p.stem[5:]): p for p in Path(folder).glob('step_*.npz') if p.stem[5:].isdecimal()}
     for step in sorted(found)[:-keep]: found[step].unlink(missing_ok=True)
 
 # %% ../nbs/08b_training.ipynb #08b10032
@@ -333,6 +361,7 @@ def progress_bar(
     from tqdm import tqdm
     in_notebook = 'ipykernel' in sys.modules
     hidden = None if shown and not in_notebook else not shown
+    if sys.stderr is None: hidden = True  # it was closed
     return tqdm(desc='meta-training', total=run.config.meta.outer_steps, initial=run.done,
                 unit='step', file=sys.stderr, disable=hidden)
 
@@ -351,8 +380,8 @@ def train(
     schedule, folder = Schedule(**schedule), writable_folder(ckpt_dir)
     with folder_lock(folder):
         run = Run(config, folder, schedule, device, resume)
-        if run.over and run.resumed: print(f'{folder} holds {run.done} outer steps already; '
-                                           'nothing is left to do', file=sys.stderr)
+        if run.over and run.resumed:
+            _tell(f'{folder} holds {run.done} outer steps already; nothing is left to do')
         writer = None
         if schedule.tensorboard:
             writer = _event_writer()(folder / 'tensorboard', purge_step=run.done + 1)
@@ -371,10 +400,12 @@ def summary(
     """What a training did: outer_steps, wall_s, cpu_s (of this process), env_steps,
     final_pre_return and final_post_return (means of the last 10 steps), checkpoint,
     best_checkpoint (None without validation)."""
-    def recent(name): return float(np.mean([line[name] for line in run.history[-10:]]))
-    last, best = run.history[-1], run.folder / 'best.npz'
+    def recent(name):
+        found = [line[name] for line in run.history[-10:]]
+        return float(np.mean(found, dtype=float)) if found else None
+    best, last = run.folder / 'best.npz', run.history[-1] if run.history else {}
     has_best = bool(validation_scores(run.history, run.config.learner)) and best.exists()
-    return dict(outer_steps=run.done, wall_s=last['wall_s'], cpu_s=last.get('cpu_s'),
+    return dict(outer_steps=run.done, wall_s=last.get('wall_s'), cpu_s=last.get('cpu_s'),
                 env_steps=sum(line['env_steps'] for line in run.history),
                 final_pre_return=recent('pre_return'), final_post_return=recent('post_return'),
                 checkpoint=str(run.folder / 'latest.npz'),
