@@ -12,10 +12,11 @@ import functools
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -32,6 +33,7 @@ from .files import (append_line, folder_lock, read_lines, to_json, writable_fold
                               write_text_whole)
 from .meta_learner import MetaLearner
 from .policy_adaptation import AdaptConfig, adapt_policy, check_adaptation
+from .ranks import agree, joined, rank, require_same, unanimous
 from .stops import Stopped, Stops
 
 # %% ../nbs/08b_training.ipynb #08b10011
@@ -126,6 +128,9 @@ def _event_writer():  # the class; ValueError if the package is not there
         raise ValueError("tensorboard=True needs the package 'tensorboard', which is not "
                          "installed; pip install 'ssm-metarl[tensorboard]'") from None
     return SummaryWriter
+
+
+def _events(run): return _event_writer()(run.folder / 'tensorboard', purge_step=run.done + 1)
 
 # %% ../nbs/08b_training.ipynb #08b10021
 def newest_checkpoint(
@@ -269,10 +274,17 @@ class Run:
 
     def commit(self, line: dict): # of `step`
         "The log line first; then the step counts as done; then the checkpoints."
+        with unanimous():  # of several processes, the first one writes
+            if rank() == 0: self._log(line)
+            self.history.append(line)
+            self.state, self.note = self.learner.state_dict(), {}
+            if rank() == 0: self._keep(line)
+
+    def _log(self, line):
         if not self.began: self._begin()
         append_line(self.folder / 'train.jsonl', line)
-        self.history.append(line)
-        self.state, self.note = self.learner.state_dict(), {}
+
+    def _keep(self, line):  # the checkpoints that are due
         scores = validation_scores(self.history, self.config.learner)
         if line.get('validation') and scores[-1] == max(scores): self.save('best.npz')
         if self.done % 10 == 0:
@@ -328,13 +340,15 @@ class TrainingStopped(Stopped):
 
 def _finish_or_save(run, stops, bar, writer):
     try:
-        while not run.over and stops.wanted is None:
+        while not agree(run.over or stops.wanted is not None):
             line = run.step()
             with stops.shielded(): run.commit(line)
             show_step(bar, writer, line)
         if run.over: stops.signals.clear()  # nothing is left to be stopped
+        elif stops.wanted is None: raise Stopped(signal.SIGTERM)  # another process was stopped
     finally:
-        with stops.shielded(): run.save_latest()
+        with stops.shielded():
+            if rank() == 0: run.save_latest()
 
 # %% ../nbs/08b_training.ipynb #08b10033
 def show_step(
@@ -377,16 +391,18 @@ def train(
     """Meta-train. `step_N.npz` every 10 outer steps, `latest.npz` with each and at the end,
     `best.npz` after the best validation, metrics in `train.jsonl`. Ctrl-C ends it after the step.
     Without `resume`, an earlier run there is moved to a subfolder."""
-    schedule, folder = Schedule(**schedule), writable_folder(ckpt_dir)
-    with folder_lock(folder):
-        run = Run(config, folder, schedule, device, resume)
-        if run.over and run.resumed:
+    schedule, folder = Schedule(**schedule), Path(writable_folder(ckpt_dir))
+    with joined(device), ExitStack() as stack:
+        require_same('the experiment', repr((config, schedule, resume)))
+        with unanimous():
+            if rank() == 0: stack.enter_context(folder_lock(folder))
+            run = Run(config, folder, schedule, device, resume)
+        first = rank() == 0  # of several processes, one speaks and writes
+        if run.over and run.resumed and first:
             _tell(f'{folder} holds {run.done} outer steps already; nothing is left to do')
-        writer = None
-        if schedule.tensorboard:
-            writer = _event_writer()(folder / 'tensorboard', purge_step=run.done + 1)
+        writer = _events(run) if schedule.tensorboard and first else None
         try:
-            with Stops() as stops, progress_bar(run, progress) as bar:
+            with Stops() as stops, progress_bar(run, progress and first) as bar:
                 _finish_or_save(run, stops, bar, writer)
         except Stopped as error: raise TrainingStopped(error.signum, run) from None
         finally:
