@@ -7,7 +7,7 @@ python benchmarks/ranks.py --json FILE         also write {"ranks", "load", "cor
 Three processes with one thread each hold the same learners: one works alone, and two are the ranks of one group. They run the same outer step in turns, so that a busy machine slows both sides alike, and the ratio is the median over pairs. Two ranks need
 two cores that nobody else uses: "load" is the mean number of running processes in the last minute (`os.getloadavg`) before the measurement, and on an idle machine it is near 0. "cpu_ratio" compares the processor's time instead, which other programs disturb less: that of the busier rank to that of one process. It leaves out the waiting for
 each other, so 1 / cpu_ratio is what quiet cores could reach at best.
-MAML has the size of nav2d, 20 tasks x 20 trajectories x 100 steps; "5 tasks" does not divide by two, so that one rank has three of them and nothing can be faster than 0.6. RL2 has the size of the config `bandit-10-5`: 256 bandits x 4 trials x 10 pulls.
+MAML has the size of nav2d, 20 tasks x 20 trajectories x 100 steps; "5 tasks" does not divide by two, so that one rank has three of them and nothing can be faster than 0.6. RL2 has the sizes of the configs `bandit-10-5`, 256 bandits x 4 trials x 10 pulls, and `mdp-10`, 128 MDPs x 1 trial x 100 steps.
 """
 import argparse
 import json
@@ -35,7 +35,8 @@ def learners():
     yield row('maml, 20 tasks, three epochs', 'nav2d', 20, outer_epochs=3)
     yield row('maml, 40 tasks, three epochs', 'nav2d', 40, outer_epochs=3)
     yield row('maml, 5 tasks', 'nav2d', 5, outer_epochs=1)
-    yield row('rl2, 256 tasks', 'bandit-10-5', 256)
+    yield row('rl2, 256 bandits', 'bandit-10-5', 256)
+    yield row('rl2, 128 MDPs', 'mdp-10', 128)
 
 
 def work(words):
