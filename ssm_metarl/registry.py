@@ -15,7 +15,7 @@ import sys
 import traceback
 from contextlib import contextmanager
 from importlib.machinery import SourceFileLoader
-from importlib.metadata import distributions
+from importlib.metadata import entry_points
 from pathlib import Path
 
 # %% ../nbs/00_registry.ipynb #00r00008
@@ -201,21 +201,10 @@ def load_plugin(
     return module
 
 # %% ../nbs/00_registry.ipynb #00r00024
-def _declared(package):  # -> set of modules
-    text = package.read_text('entry_points.txt') or ''
-    if 'ssm_metarl.plugins' not in text: return set()
-    return {x.module for x in package.entry_points if x.group == 'ssm_metarl.plugins'}
-
-
 def load_installed_plugins() -> list: # of errors, one line each
     "Import what installed packages declare as plug-ins (`ssm_metarl.plugins`)."
-    modules, errors = set(), []
-    for package in distributions():
-        try: modules |= _declared(package)
-        except Exception as error:  # whatever a damaged file makes the parser raise
-            errors.append(f'a package in {package.locate_file("")} declares plug-ins in a way that '
-                          f'cannot be read ({type(error).__name__}: {error})')
-    for module in sorted(modules):
+    declared, errors = entry_points(group='ssm_metarl.plugins'), []
+    for module in sorted({entry.value.partition(':')[0].strip() for entry in declared}):
         try: load_plugin(module)
         except ValueError as error: errors.append(str(error))
     return errors
