@@ -13,10 +13,9 @@ from functools import lru_cache
 from numbers import Integral
 
 import numpy as np
+import scipy
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
-from scipy.special import ndtri
-from scipy.stats import binom
 
 from .batch import EnvBatch, check_rows, stream
 from .envs import Family, register_family
@@ -276,7 +275,7 @@ def dependent_regret(
                          'all between 0 and 1, and weights that add up to 1')
     earned = 0.
     for t in range(n):
-        B = binom.pmf(np.arange(t + 1)[:, None], t, p) * weight  # [t + 1, J]
+        B = scipy.stats.binom.pmf(np.arange(t + 1)[:, None], t, p) * weight  # [t + 1, J]
         earned += np.maximum(B @ p, B @ (1 - p)).sum()
     return float(n * weight @ np.maximum(p, 1 - p) - earned)
 
@@ -349,7 +348,7 @@ class TabularMDP(Family):
 
     def step(self, state, action, tasks, noise):
         rows, here, time = np.arange(len(state)), state[:, 0], state[:, 1] + 1
-        reward = tasks['mean_reward'][rows, here, action] + ndtri(noise[:, 1])
+        reward = tasks['mean_reward'][rows, here, action] + scipy.special.ndtri(noise[:, 1])
         there = (tasks['cumulative'][rows, here, action] <= noise[:, :1]).sum(1)
         return np.stack([there, time], 1), reward, time >= self.horizon
 

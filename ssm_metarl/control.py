@@ -7,8 +7,8 @@ __all__ = ['PhysicsTasks', 'Mechanism', 'cart_pole_accelerations', 'draw_cart_po
 
 # %% ../nbs/02c_control.ipynb #02c0003
 import numpy as np
+import scipy
 from gymnasium import spaces
-from scipy.special import ndtri
 
 from .drawing import Canvas
 from .batch import check_rows
@@ -89,7 +89,7 @@ class Mechanism(PhysicsTasks):
 
     def _with_error(self, variables, noise):  # [S, N] -> state [N, S], with the errors of sensors
         if self.step_noise:
-            error = self.sensor_noise * ndtri(noise.T)
+            error = self.sensor_noise * scipy.special.ndtri(noise.T)
             variables = np.concatenate([variables, error])
         return variables.T
 

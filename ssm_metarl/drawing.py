@@ -7,7 +7,6 @@ __all__ = ['Canvas']
 
 # %% ../nbs/02_drawing.ipynb #02dr003
 import numpy as np
-from PIL import Image, ImageDraw
 
 # %% ../nbs/02_drawing.ipynb #02dr013
 class Canvas:
@@ -19,6 +18,7 @@ class Canvas:
                  height: int, # H, pixels
                  scale: float, # s, pixels for one unit of length
                  centre: tuple = (0., 0.)): # place in the world that is in the middle
+        from PIL import Image, ImageDraw  # imported when something is drawn
         self.scale, self.centre = self.finer * scale, np.array(centre, float)
         self.image = Image.new('RGB', (self.finer * width, self.finer * height), 'white')
         self.draw = ImageDraw.Draw(self.image)

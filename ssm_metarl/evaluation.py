@@ -11,9 +11,9 @@ __all__ = ['play', 'random_actions', 'reference_returns', 'reference_row', 'eval
 from dataclasses import replace
 
 import numpy as np
+import scipy
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
-from scipy import stats
 
 from .batch import EnvBatch, stack_tasks, stream
 from .envs import EnvConfig
@@ -134,7 +134,7 @@ def bootstrap_interval(
     "Percentile bootstrap interval (Efron & Tibshirani, 1993) of a statistic over tasks; ValueError without finite data."
     x = check_returns(x, 1, 'x')
     if len(x) == 1: return float('nan'), float('nan')
-    result = stats.bootstrap((x,), statistic, n_resamples=n_resamples, batch=1000, confidence_level=level, method='percentile', rng=np.random.default_rng(seed))
+    result = scipy.stats.bootstrap((x,), statistic, n_resamples=n_resamples, batch=1000, confidence_level=level, method='percentile', rng=np.random.default_rng(seed))
     return tuple(float(bound) for bound in result.confidence_interval)
 
 # %% ../nbs/06_evaluation.ipynb #060046
@@ -143,7 +143,7 @@ def iqm(
     axis: int = None, # None: over all values
 ): # float, or array without `axis`
     "Interquartile mean: the mean of the middle half (Agarwal et al., NeurIPS 2021)."
-    return stats.trim_mean(x, 0.25, axis)
+    return scipy.stats.trim_mean(x, 0.25, axis)
 
 # %% ../nbs/06_evaluation.ipynb #060054
 def stratified_interval(
@@ -157,7 +157,7 @@ def stratified_interval(
     x = check_returns(x, 2, 'x')
     if x.shape[1] == 1: return float('nan'), float('nan')
     pooled = lambda *rows, axis=-1: statistic(np.concatenate(rows, axis), axis=axis)
-    result = stats.bootstrap(tuple(x), pooled, n_resamples=n_resamples, batch=1000, confidence_level=level, method='percentile', rng=np.random.default_rng(seed))
+    result = scipy.stats.bootstrap(tuple(x), pooled, n_resamples=n_resamples, batch=1000, confidence_level=level, method='percentile', rng=np.random.default_rng(seed))
     return tuple(float(bound) for bound in result.confidence_interval)
 
 # %% ../nbs/06_evaluation.ipynb #dd71cb85
@@ -187,7 +187,7 @@ def t_interval(
     "Student's t-interval for the mean over seeds; for few seeds, whose values are roughly normal."
     x = check_returns(x, 1, 'x')
     if len(x) == 1: return float('nan'), float('nan')
-    half = stats.t.ppf((1 + level) / 2, len(x) - 1) * x.std(ddof=1) / len(x)**.5
+    half = scipy.stats.t.ppf((1 + level) / 2, len(x) - 1) * x.std(ddof=1) / len(x)**.5
     return float(x.mean() - half), float(x.mean() + half)
 
 # %% ../nbs/06_evaluation.ipynb #ee66c46e

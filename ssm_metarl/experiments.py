@@ -16,7 +16,6 @@ import zlib
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 from torch import Tensor
 
@@ -28,7 +27,7 @@ from .evaluation import expected_returns, interval_over, iqm, seed_intervals
 from .files import as_saved, to_json, writable_folder, write_text_whole
 from .meta_learner import MetaLearner
 from .pipeline import evaluate_with_adaptation
-from .plots import plot_experiment
+from .plots import plot_experiment, pyplot
 from .training import provenance, read_log, train
 
 # %% ../nbs/08d_experiments.ipynb #08d00006
@@ -248,7 +247,7 @@ def run_experiment(
         _gather(name, experiment, rows, about, episodes, meta)
     results = _gather(name, experiment, rows, about, episodes, meta)
     plot_experiment(results).figure.savefig(Path(folder) / 'results.png', dpi=150)
-    plt.close()
+    pyplot().close()
     return results
 
 # %% ../nbs/08d_experiments.ipynb #08d00024

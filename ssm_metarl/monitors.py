@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from numbers import Real
 
 import numpy as np
+import scipy
 import torch
-from scipy import stats
 from torch import Tensor
 
 from .batch import stream
@@ -320,7 +320,7 @@ class FeatureMonitor:
         delta, v0, v1 = self.moments.mean - mean, cov.diagonal(), self.moments.var + 1e-6 * cov.diagonal().mean() + 1e-12
         square = (delta * torch.linalg.solve(cov, delta.T).T).sum(1)
         chi2 = square / (1 / self.moments.samples + 1 / self.source['count'])
-        report = dict(mahalanobis=square.sqrt(), shift_z=(chi2 - d) / (2 * d)**.5, shift_p=torch.from_numpy(np.asarray(stats.chi2.sf(chi2.cpu(), d))),
+        report = dict(mahalanobis=square.sqrt(), shift_z=(chi2 - d) / (2 * d)**.5, shift_p=torch.from_numpy(np.asarray(scipy.stats.chi2.sf(chi2.cpu(), d))),
                       symmetric_kl=(v0 / v1 + v1 / v0 - 2 + delta**2 * (1 / v0 + 1 / v1)).sum(1) / 2, frechet=(delta**2 + (v0.sqrt() - v1.sqrt())**2).sum(1))
         return report if self.raised is None else report | dict(shift_score=self.score(), shift_alarm=self.raised, shift_expired=self.moments.batches > len(self.source['course']))
 
