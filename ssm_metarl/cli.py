@@ -82,7 +82,7 @@ def _options(*words):
 KINDS = { # type of a field -> how its value is called, how many words it has, and its function
     int: ('INT', 1, _whole), float: ('FLOAT', 1, _decimal), str: ('STR', 1, _text),
     Path: ('PATH', 1, _path), dict: ('[KEY VALUE ...]', '*', _options),
-    tuple[str, ...]: ('[STR ...]', '*', _texts), tuple[Path, ...]: ('PATH [PATH ...]', '*', _paths)}
+    tuple[str, ...]: ('[STR ...]', '*', _texts), tuple[Path, ...]: ('PATH ...', '*', _paths)}
 
 # %% ../nbs/08e_command_line.ipynb #08e10015
 def translate(
@@ -105,7 +105,8 @@ def _help(text, f, default):  # of tyro, its field, its value -> help text, defa
     text, _, usual = ((text() if callable(text) else text) or '').partition('; default: ')
     if default is True: text = f'turn off: {text}'
     if names := _names_for(f): text += f': {", ".join(names)}'
-    return text, f'(default: {usual})' if default is None and usual else None
+    usual = usual if default is None else 'none' if default in ({}, ()) else ''
+    return text, f'(default: {usual})' if usual else None
 
 
 def _kind(declared):  # type of a field -> a key of `KINDS`; None if it is none of them
@@ -135,7 +136,8 @@ def as_flag(
     if positional: marks.append(tyro.conf.Positional)
     if kind := _kind(spec.type):
         metavar, count, function = KINDS[kind]
-        flag = f.name if positional else f'--{prefix}{f.name.replace("_", "-")}'
+        flag = f.name.upper() if positional else f'--{prefix}{f.name.replace("_", "-")}'
+        if positional and count == 1: metavar = flag
         marks.append(tyro.constructors.PrimitiveConstructorSpec(
             count, metavar, partial(translate, function, flag), lambda value: True, _words_of))
     kind = typing.Annotated[(spec.type, *marks)] if marks else spec.type
@@ -397,12 +399,12 @@ LISTS = { # what `list` can show -> what is there
     'strategies': lambda: REGISTRIES['strategy'], 'experiments': _experiments}
 
 
-def _about(table, name):  # first line of the docstring, or the most important values
+def _about(table, name):  # how its docstring begins, or the most important values
     try: value = table.find(name) if hasattr(table, 'find') else table[name]
     except ImportError as error: return f'cannot be imported: {error}'
     maker = getattr(table, 'makers', {}).get(name, value)
     if isinstance(maker, type) or inspect.isroutine(maker):
-        if text := inspect.getdoc(maker): return text.splitlines()[0]
+        if text := inspect.getdoc(maker): return text.partition('\n\n')[0]
     if variants := getattr(value, 'variants', None): return f'compares {", ".join(variants)}'
     if not isinstance(value, ExperimentConfig): return ''
     return f'{value.learner} on {value.env_name}, {value.meta.outer_steps} outer steps'
@@ -416,9 +418,10 @@ def list_lines(
     indent, lines = max(map(len, table), default=0), []
     for name in table:
         origin = getattr(table, 'origins', {}).get(name)
-        text = _about(table, name) + (f' ({origin})' if origin else '')
-        lines.append(textwrap.shorten(f'{name:{indent}}@{text}', width, placeholder=' ...'))
-    return [line.replace('@', '  ', 1) for line in lines]
+        text = f'(from {origin}) ' * bool(origin) + _about(table, name)
+        text = textwrap.shorten(text, max(width - indent - 2, 20), placeholder=' ...')
+        lines.append(f'{name:{indent}}  {text}')
+    return lines
 
 # %% ../nbs/08e_command_line.ipynb #08e10035
 @dataclass(frozen=True)
@@ -447,6 +450,11 @@ def _read_run(path):  # folder of a run, or a file in it -> metrics of each oute
                   '--ckpt-dir of a run')
 
 
+def _run_name(path, others):  # the folder's name, or the whole path if there are two of that name
+    same = [other for other in others if other.name == path.name]
+    return path.name if len(same) == 1 and path.is_dir() else str(path)
+
+
 @dataclass(frozen=True)
 class Plot(Command):
     "Draw learning curves of one or several runs."
@@ -457,7 +465,7 @@ class Plot(Command):
         "Returns before and after adaptation, and validation if the logs have it."
         if not self.runs: raise ValueError('nothing was given to plot; name the folders of runs')
         check_figure(self.figure)
-        histories = {str(path): _read_run(path) for path in self.runs}
+        histories = {_run_name(path, self.runs): _read_run(path) for path in self.runs}
         from ssm_metarl.plots import plot_runs
         _save_figure(plot_runs(histories), self.figure)
         yield dict(runs=len(histories), figure=str(self.figure))
