@@ -29,6 +29,7 @@ from . import __version__
 from .checkpoints import make_learner
 from .compiling import keep_memory
 from .config import CONFIGS, ExperimentConfig, load_config
+from .envs import sample_tasks
 from .files import to_json, writable_folder
 from .pipeline import check_episodes, evaluate, evaluate_with_adaptation
 from .policy_adaptation import check_adaptation
@@ -159,6 +160,8 @@ def flag_rule(
         if cls is ExperimentConfig: values['env_options'] = values['env_options'] | option_changes
         try: return cls(**values)
         except ValueError as error: raise BadRequest(str(error)) from None
+        except TypeError as error:  # of a family that compares a text with a number
+            raise BadRequest(f'{cls.__name__} cannot have these values ({error})') from None
 
     @rules.struct_rule
     def rule(info):
@@ -200,15 +203,16 @@ def check_memory(
     config: ExperimentConfig, # to be trained
 ):
     "Raises ValueError if a meta-batch is larger than the machine's memory."
-    meta, width = config.meta, config.policy.hidden_dim
+    meta, width, state = config.meta, config.policy.hidden_dim, config.policy.state_dim
     steps = meta.tasks_per_batch * config.num_envs * config.env.trial_length
-    need = 4 * (steps * width + width * (width + config.policy.state_dim))  # bytes of float32
+    weights = 2 * width * (width + state)
+    need = 4 * (steps * width + (meta.tasks_per_batch + 3) * weights)  # bytes of float32
     try: there = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
     except (AttributeError, ValueError, OSError): return  # Windows does not say
     if need <= there: return
-    raise ValueError(f'a meta-batch of {steps:.3g} steps with hidden_dim={width:.3g} needs more '
-                     f'than the {there >> 30} GB of this machine; lower tasks_per_batch, num_envs, '
-                     'time_limit or hidden_dim')
+    raise ValueError(f'a meta-batch of {steps:.3g} steps with hidden_dim={width:.3g} and '
+                     f'state_dim={state:.3g} needs more than the {there >> 30} GB of this machine; '
+                     'lower tasks_per_batch, num_envs, time_limit, hidden_dim or state_dim')
 
 # %% ../nbs/08e_command_line.ipynb #08e10025
 def check_figure(
@@ -231,6 +235,13 @@ def _save_figure(figure, path):  # and close it; OSError if it cannot be written
     finally: plt.close(figure)
 
 # %% ../nbs/08e_command_line.ipynb #08e10026
+def _check_tasks(config):  # ValueError if the options of the environments are of no use
+    try: sample_tasks(config.env, 1)
+    except (ArithmeticError, TypeError) as error:
+        raise ValueError(f'{config.env_name} cannot draw a task with '
+                         f'env_options={config.env_options!r:.80}: {error}') from None
+
+
 def _check_options(config, experiment):  # say what `--env-options` has removed from the config
     gone = config.env_options.keys() - experiment.env_options.keys()
     if not gone or config.env_name != experiment.env_name: return
@@ -254,6 +265,7 @@ class Train(Command):
         "Refuse contradictions, then train."
         config, usual = self.chosen(), load_config(self.config)
         check_memory(config)
+        _check_tasks(config)
         _check_options(usual, config)
         learner = make_learner(config, device=self.device)
         check_adaptation(config.learner, learner.inner_lr, config.adapt)
@@ -350,6 +362,7 @@ class RunExperiment(Command):
         "A table on stderr, and its main column as the result."
         from ssm_metarl.experiments import experiment_lines, run_experiment
         if self.seeds < 1: raise ValueError(f'seeds={self.seeds} is not a positive number')
+        if self.seeds > 1000: raise ValueError(f'seeds={self.seeds:.6g} is more than 1000')
         if self.episodes is not None: check_episodes(self.episodes)
         meta = {} if self.outer_steps is None else dict(outer_steps=self.outer_steps)
         seeds, folder = range(self.first_seed, self.first_seed + self.seeds), self.out / self.name
