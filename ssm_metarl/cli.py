@@ -34,7 +34,7 @@ from .files import to_json, writable_folder
 from .pipeline import check_episodes, evaluate, evaluate_with_adaptation
 from .policy_adaptation import check_adaptation
 from .registry import PLUGINS, REGISTRIES, load_installed_plugins, load_plugin
-from .training import read_log, train
+from .training import Schedule, read_log, train
 
 # %% ../nbs/08e_command_line.ipynb #08e10013
 class BadRequest(Exception): "What was asked for wrongly, in words for the user."
@@ -188,9 +188,9 @@ class Command:
         "Do it. What follows a `yield` happens after the result is printed."
         raise NotImplementedError
 
-    def going_on(self) -> str: # '' if there is nothing to say
-        "What to do after an interrupt."
-        return ''
+    def stopped(self, error: KeyboardInterrupt) -> str: # one line
+        "What happened, and how to go on."
+        return str(error) or 'interrupted'
 
 
 def _note(text): print('note:', text, file=sys.stderr)
@@ -260,6 +260,7 @@ class Train(Command):
     ckpt_dir: Path = Path('checkpoints') # folder for checkpoints and log
     resume: bool = False # go on from latest.npz in --ckpt-dir, if there is one
     device: str = 'cpu' # where to compute: cpu, cuda, ...
+    schedule: Schedule = field(default=Schedule(), metadata={'flag': ''}) # likewise
 
     def run(self):
         "Refuse contradictions, then train."
@@ -272,7 +273,8 @@ class Train(Command):
         if config.adapt.lr != config.meta.inner_lr and config.learner not in ('joint', 'rl2'):
             _note(f'this trains for steps of inner_lr={config.meta.inner_lr:g}, and will adapt '
                  f'with adapt.lr={config.adapt.lr:g}')
-        yield train(config, self.ckpt_dir, self.resume, self.device, _watched())
+        yield train(config, self.ckpt_dir, self.resume, self.device, _watched(),
+                    **vars(self.schedule))
 
     def chosen(self) -> ExperimentConfig:
         "With `outer_steps` and `tasks_per_batch`. Raises ValueError if they are given twice."
@@ -285,10 +287,6 @@ class Train(Command):
                                  'other; give one of them')
             changes[name] = value
         return replace(self.experiment, meta=replace(given, **changes))
-
-    def going_on(self):
-        "It is said only where it is true."
-        return '; --resume goes on' if (self.ckpt_dir / 'latest.npz').is_file() else ''
 
 # %% ../nbs/08e_command_line.ipynb #08e10027
 @dataclass(frozen=True)
@@ -372,9 +370,9 @@ class RunExperiment(Command):
         scores = {row['variant']: row['iqm'] for row in results['table']}
         yield scores | dict(results=str(folder / 'results.json'))
 
-    def going_on(self):
+    def stopped(self, error):
         "Each run is kept."
-        return '; the same command goes on'
+        return 'interrupted; the same command goes on'
 
 # %% ../nbs/08e_command_line.ipynb #08e10032
 @dataclass(frozen=True)
@@ -661,7 +659,8 @@ def explain(
 ) -> tuple: # text, exit status
     "What to tell a user about it."
     text, kind = str(error), type(error).__name__
-    if isinstance(error, KeyboardInterrupt): return 'interrupted', getattr(error, 'status', 130)
+    if isinstance(error, KeyboardInterrupt):
+        return text or 'interrupted', getattr(error, 'status', 130)
     if isinstance(error, MemoryError) or any(words in text for words in NO_MEMORY):
         return f'there is not enough memory for this; ask for less ({text})', 1
     if isinstance(error, (BadRequest, ValueError)): return text, 2
@@ -706,9 +705,7 @@ def run_command(
     if command is None: return 0
     try:
         for result in command.run(): report(result)
-    except KeyboardInterrupt as stop:
-        text, status = explain(stop)
-        return _fail(text + command.going_on(), status)
+    except KeyboardInterrupt as error: return _fail(command.stopped(error), explain(error)[1])
     return 0
 
 # %% ../nbs/08e_command_line.ipynb #08e10062

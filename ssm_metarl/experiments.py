@@ -106,7 +106,7 @@ def run_variant(
     device: str = 'cpu', # where to compute
 ) -> dict: # what was measured and with what, with plain values
     "Train one variant with one seed (or go on), choose a checkpoint on validation tasks, adapt to test tasks."
-    trained = train(config, folder, resume=True, device=device, progress=progress)
+    trained = train(config, folder, resume=True, device=device, progress=progress, eval_every=0)
     total = config.meta.outer_steps
     steps = [s for s in range(50, total, 50) if 2 * s >= total] + [total] if experiment.validation and 'validation' in config.env.tasks.splits else [total]
     paths = {s: folder / ('latest.npz' if s == total else f'step_{s}.npz') for s in steps}

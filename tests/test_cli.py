@@ -43,9 +43,9 @@ def test_three_names_of_one_program():
 
 def test_train(trained):
     folder, result = trained
-    assert result.keys() == {'outer_steps', 'wall_s', 'cpu_s', 'env_steps', 'final_pre_return', 'final_post_return', 'checkpoint'}
+    assert result.keys() == {'outer_steps', 'wall_s', 'cpu_s', 'env_steps', 'final_pre_return', 'final_post_return', 'checkpoint', 'best_checkpoint'}
     assert result['outer_steps'] == 11 and 0 < result['env_steps'] <= 11 * 2 * 2 * 3 * 12  # some episodes end early
-    assert sorted(p.name for p in folder.iterdir()) == ['latest.npz', 'step_10.npz', 'train.jsonl']
+    assert sorted(p.name for p in folder.iterdir()) == ['best.npz', 'latest.npz', 'step_10.npz', 'train.jsonl']
     with np.load(folder / 'latest.npz', allow_pickle=False) as file:
         header = json.loads(str(file['header']))
         assert int(file['step']) == 11 and header['format_version'] == 1 and header['config']['time_limit'] == 12 and 'wall_s' not in str(header)
@@ -78,7 +78,7 @@ def test_interrupted_and_resumed(trained, tmp_path):
     while process.poll() is None and not (tmp_path / 'train.jsonl').exists() or (tmp_path / 'train.jsonl').read_text() == '': time.sleep(.01)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate()
-    if process.returncode != 0: assert (process.returncode, out) == (130, '') and err.splitlines()[-1] == 'ssm-metarl: interrupted; --resume goes on'  # else it was faster than we
+    if process.returncode != 0: assert (process.returncode, out) == (130, '') and err.splitlines()[-1].startswith('ssm-metarl: stopped by SIGINT after') and '--resume' in err.splitlines()[-1]  # else it was faster than we
     answer(*words, '--resume')
     with np.load(trained[0] / 'latest.npz') as whole, np.load(tmp_path / 'latest.npz') as parts:
         for k in set(whole.files) - {'header'}: assert whole[k].tobytes() == parts[k].tobytes(), k

@@ -231,6 +231,41 @@ def test_a_zip_bomb(tmp_path):
     finally: tracemalloc.stop()
 
 
+def any_of(path): return read_npz(path, 'example', 1)
+
+
+def test_bytes_that_belong_to_nothing(tmp_path):
+    path = tmp_path / 'a.npz'
+    archive(path, *members())
+    content, end = path.read_bytes(), len(path.read_bytes()) - 22
+    start = int.from_bytes(content[-6:-2], 'little')
+    path.write_bytes(content[:start] + bytes(100) + content[start:end] + content[end:-6] + (start + 100).to_bytes(4, 'little') + content[-2:])
+    assert zipfile.ZipFile(path).testzip() is None and 'do not add up' in refused(path, any_of)  # between the arrays and their list
+    with zipfile.ZipFile(path, 'w') as file:
+        for name, value in members(): file.writestr(name, value)
+        file.comment = b'hello'
+    assert 'damaged' in refused(path, any_of)
+    class Pipe(io.BytesIO):  # sizes then follow the arrays, where nobody can check them before reading
+        def seekable(self): return False
+        def tell(self): raise OSError
+        def seek(self, *_): raise OSError
+    with zipfile.ZipFile(pipe := Pipe(), 'w') as file:
+        for name, value in members(): file.writestr(name, value)
+    path.write_bytes(pipe.getvalue())
+    assert 'do not add up' in refused(path, any_of)
+
+
+@pytest.mark.parametrize('shape', ['(134217728,)', '(4, 4, 4)', '()', '(0,)'])
+def test_a_shape_that_lies_costs_nothing(shape, tmp_path):
+    path, described = tmp_path / 'a.npz', f"{{'descr': '<f8', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + '\n'
+    archive(path, *members(**{'params/y': b'\x93NUMPY\1\0' + len(described).to_bytes(2, 'little') + described.encode() + bytes(80)}))
+    tracemalloc.start()
+    try:
+        assert 'the shape of params/y does not fit its size' in refused(path, any_of)
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally: tracemalloc.stop()
+
+
 def test_what_is_not_expected_is_not_read(tmp_path, monkeypatch):
     path = tmp_path / 'a.npz'
     write_npz(path, HEADER, ARRAYS | dict(surprise=np.ones(3)))
@@ -446,6 +481,18 @@ def test_only_ones_own_leftovers_are_removed(tmp_path):
     for name in ('.a.npz.0123abcd.unfinished', '.mine.unfinished', 'a.npz.0123abcd.unfinished', '.a.npz.tmp', '.a.npz.0123ABCD.unfinished'): (tmp_path / name).write_text('x')
     write_text_whole(tmp_path / 'b.txt', 'x')
     assert sorted(os.listdir(tmp_path)) == sorted(['.mine.unfinished', 'a.npz.0123abcd.unfinished', '.a.npz.tmp', '.a.npz.0123ABCD.unfinished', 'b.txt'])
+
+
+@posix
+def test_a_file_that_was_removed_before_it_was_locked(tmp_path, monkeypatch):
+    "Another writer took it for abandoned in between: a new one is made."
+    hold, removed = files._hold, []
+    def late(file, wait):
+        if not removed: removed.extend(tmp_path.glob('.*.unfinished')), os.unlink(removed[0])
+        hold(file, wait)
+    monkeypatch.setattr(files, '_hold', late)
+    write_text_whole(tmp_path / 'a.txt', 'x')
+    assert len(removed) == 1 and (tmp_path / 'a.txt').read_text() == 'x' and os.listdir(tmp_path) == ['a.txt']
 
 
 def test_many_writers_of_one_file(tmp_path):

@@ -184,7 +184,7 @@ class Optional(type(BASIC.env.family)):
 @pytest.mark.parametrize('option', ['text', 3, .5, True, None, [1, 2, 'x'], (1, (2, 3)), {'size': 3, 'inner': {'a': [1.5, None]}}, np.float32(.5), [np.int64(3)]])
 def test_options_that_are_accepted_come_back_from_a_file(option, tmp_path):
     config = replace(TINY, env_name='Optional-v0', env_options={'option': option})
-    checkpoints.save_checkpoint(tmp_path / 'a.npz', config, {})
+    checkpoints.save_checkpoint(tmp_path / 'a.npz', config, checkpoints.make_learner(config).state_dict())
     assert checkpoints.load_checkpoint(tmp_path / 'a.npz')[0] == config
 
 
@@ -212,7 +212,7 @@ def test_adaptation_settings_that_are_wrong_or_ignored(wrong, message):
 
 def test_every_built_in_config_comes_back_from_a_file(tmp_path):
     for config in [*pipeline.CONFIGS.values(), *(experiment.variant(name, 3) for experiment in EXPERIMENTS.values() for name in experiment.variants)]:
-        checkpoints.save_checkpoint(tmp_path / 'a.npz', config, {})
+        checkpoints.save_checkpoint(tmp_path / 'a.npz', config, checkpoints.make_learner(config).state_dict())
         assert checkpoints.load_checkpoint(tmp_path / 'a.npz')[0] == config
 
 
