@@ -19,7 +19,7 @@ SMALL = '--num-envs 2 --time-limit 4 --tasks-per-batch 2 --outer-steps 1 --ckpt-
 BASES = {'train': SMALL, 'eval': ['--checkpoint', '{f}/run/latest.npz', '--episodes', '2'],
          'adapt': ['--checkpoint', '{f}/run/latest.npz', '--episodes', '2', '--adapt-steps', '1'],
          'experiment': ['nav2d', '--out', '{f}/file/x'], 'demo': ['--out', '{f}/file/x'],  # these two would take long, so they fail
-         'list': [], 'plot': ['{f}/run', '--figure', '{f}/curve{n}.svg']}
+         'list': [], 'plot': ['--figure', '{f}/curve{n}.svg', '{f}/run']}
 BIG = str(10**30)
 # what is certainly wrong, whatever the flag, by kind of its value
 WRONG = {int: ['', ' ', 'x', '1.5', '1e3', 'nan', 'inf', '9' * 5000, '0x10', 'None', '💥', '\udcff', '1 2', '½', '-', '١.'],
@@ -132,7 +132,7 @@ def test_processes_in_odd_surroundings(place):
 
     def run(case):
         number, (words, wanted) = case
-        words = [word.replace('{f}', str(place)).replace('out', 'process') for word in words]
+        words = [word.replace('{f}', str(place)).replace('/out', '/process') for word in words]
         env = os.environ | {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'} | SURROUNDINGS[number % len(SURROUNDINGS)]
         done = subprocess.run([sys.executable, ROOT / 'main.py', *words], cwd=place / 'folder', capture_output=True, env=env, stdin=subprocess.DEVNULL, timeout=300)
         return words, wanted, done.returncode, done.stdout.decode(errors='replace'), done.stderr.decode(errors='replace')
