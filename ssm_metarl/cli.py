@@ -245,7 +245,7 @@ def _check_tasks(config):  # ValueError if the options of the environments are o
 def _check_options(config, experiment):  # say what `--env-options` has removed from the config
     gone = config.env_options.keys() - experiment.env_options.keys()
     if not gone or config.env_name != experiment.env_name: return
-    given = ', '.join(f'{name} {config.env_options[name]}' for name in sorted(gone))
+    given = ', '.join(f'{name} {config.env_options[name]!r:.6}' for name in sorted(gone))
     _note(f"--env-options replaces the config's {given}; to change one option and keep the "
          'others write --env-options.KEY VALUE')
 

@@ -255,6 +255,6 @@ def test_a_figure_that_cannot_be_written_loses_no_result(trained, tmp_path, caps
 
 
 def test_contradictions_are_refused_before_a_folder_is_made(tmp_path, capsys):
-    for words in ('--learner rl2 --adapt.online', '--learner meta-sgd --adapt.optimizer adam', '--num-envs 1000000 --time-limit 1000000', '--env-options rotation 1e308', '--device hpu'):
+    for words in ('--learner rl2 --policy.history --adapt.online', '--learner meta-sgd --adapt.optimizer adam', '--num-envs 1000000 --time-limit 1000000', '--env-options rotation 1e308', '--device hpu'):
         assert main(['train', *words.split(), '--ckpt-dir', str(tmp_path / 'x')]) == 2
         assert capsys.readouterr().err.count('\n') == 1 and list(tmp_path.iterdir()) == []
