@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'SERIES', 'REFERENCES', 'SIZE', 'pyplot', 'draw_on', 'dress', 'legend_above', 'number', 'plot_spectrum',
-           'plot_kernels', 'running_mean', 'spread', 'draw_references', 'plot_training', 'has_paths', 'draw_paths',
-           'draw_ends', 'frame', 'map_panels', 'map_legend', 'plot_paths', 'plot_adaptation_paths', 'plot_rewards',
-           'plot_returns_by_step', 'plot_gain', 'plot_monitor', 'plot_drift', 'plot_entropy', 'seed_count',
-           'draw_variant', 'plot_experiment', 'plot_adaptation']
+           'plot_kernels', 'running_mean', 'spread', 'draw_references', 'draw_validation', 'plot_training', 'plot_runs',
+           'has_paths', 'draw_paths', 'draw_ends', 'frame', 'map_panels', 'map_legend', 'plot_paths',
+           'plot_adaptation_paths', 'plot_rewards', 'plot_returns_by_step', 'plot_gain', 'plot_monitor', 'plot_drift',
+           'plot_entropy', 'seed_count', 'draw_variant', 'plot_experiment', 'plot_adaptation']
 
 # %% ../nbs/07_plots.ipynb #070002
 import numpy as np
@@ -108,22 +108,50 @@ def draw_references(ax, references):  # horizontal lines at the mean of each, na
         ax.annotate(name, (1, y), (3, 0), xycoords=('axes fraction', 'data'), textcoords='offset points', va='center', fontsize=9, color=COLOURS['ink'])
 
 # %% ../nbs/07_plots.ipynb #070033
+def draw_validation(ax, history, key, label=None, **style):  # points with their intervals, where the log has them; key: 'pre', 'post'
+    lines = [(h.get('step', i), h['validation']) for i, h in enumerate(history) if h.get('validation')]
+    if not lines: return
+    y = np.array([v[key] for _, v in lines], float)
+    interval = np.array([v.get(f'{key}_ci95') or (np.nan, np.nan) for _, v in lines], float)  # null of a single task
+    ax.errorbar([step for step, _ in lines], y, np.abs(interval.T - y), fmt='o', ms=4, mec='white', mew=.5, capsize=2, lw=1, label=label, **style)
+
+
 def plot_training(
     history: list, # metrics of each outer step: dicts with 'pre_return', 'post_return', and 'step' if the first is not step 0
     references: dict = None, # name -> returns of a reference player, any shape
     window: int = 10, # outer steps that the bold line averages
     ax = None, # axes to draw on; None: a new figure
 ): # axes
-    "Mean return before and after adaptation over meta-training: running mean over raw values; ValueError for an empty history."
+    "Mean return before and after adaptation over meta-training: running mean over raw values, and validation points if there are some; ValueError for an empty history."
     if not history: raise ValueError('history is empty; train for at least one outer step')
     ax, step = draw_on(ax), [h.get('step', i) for i, h in enumerate(history)]
     for name, key in (('before', 'pre_return'), ('after', 'post_return')):
         y = np.array([h[key] for h in history])
         ax.plot(step, y, color=COLOURS[name], lw=1, alpha=.35)
         ax.plot(step, running_mean(y, window), color=COLOURS[name], lw=2, label=f'{name} adaptation')
+        draw_validation(ax, history, key.removesuffix('_return'), 'validation tasks' if name == 'after' else None, color=COLOURS[name])
     draw_references(ax, references)
     legend_above(ax)
     return dress(ax, f'After adaptation: {number(y[0])} → {number(y[-window:].mean())}', 'outer step', f'return (bold: mean of {window} steps)')
+
+# %% ../nbs/07_plots.ipynb #0700350b
+def plot_runs(
+    histories: dict, # name of a run -> metrics of each outer step, as for `plot_training`
+    window: int = 10, # outer steps that a line averages
+): # figure
+    "Learning curves of one or several runs, with validation points. Raises ValueError for an empty history."
+    if not (histories and all(histories.values())): raise ValueError('a history is empty; train for at least one outer step')
+    if len(histories) == 1: return plot_training(*histories.values(), window=window).figure
+    figure, axes = pyplot().subplots(1, 2, figsize=(6, 3.2), sharey=True, layout='constrained')
+    for ax, name, key in zip(axes, ('before', 'after'), ('pre', 'post')):
+        for i, (run, history) in enumerate(histories.items()):
+            style = dict(color=SERIES[i % len(SERIES)], ls=('-', '--', ':')[i // len(SERIES) % 3])
+            y = np.array([h[f'{key}_return'] for h in history], float)
+            ax.plot([h.get('step', j) for j, h in enumerate(history)], running_mean(y, window), lw=2, label=run, **style)
+            draw_validation(ax, history, key, color=style['color'])
+        dress(ax, f'{name} adaptation', 'outer step', f'return (mean of {window} steps)' if name == 'before' else '')
+    figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower left', ncols=2, frameon=False, fontsize=9, labelcolor=COLOURS['ink'])
+    return figure
 
 # %% ../nbs/07_plots.ipynb #070037
 def has_paths(

@@ -76,7 +76,7 @@ class PolicyConfig:
     init: str = 'lru' # eigenvalues of the core, as in `SSMConfig`
     init_log_std: float = -0.5 # initial log std of a Gaussian action, in units of half its range
     min_log_std: float = -2.5 # floor of the same; keeps exploring, and log-probabilities finite
-    core: str = 'ssm' # memory: 'ssm', 'stack' (two layers), 'h3' (a table), 'gru', 'none' (forgets)
+    core: str = 'ssm' # memory, by name
     history: bool = False # also see the previous action, reward and episode start (RL^2 needs it)
 
     def __post_init__(self):

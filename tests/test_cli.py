@@ -78,7 +78,7 @@ def test_interrupted_and_resumed(trained, tmp_path):
     while process.poll() is None and not (tmp_path / 'train.jsonl').exists() or (tmp_path / 'train.jsonl').read_text() == '': time.sleep(.01)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate()
-    if process.returncode != 0: assert (process.returncode, out) == (130, '') and err.splitlines()[-1] == 'ssm-metarl: interrupted; --resume goes on'  # else it was faster than we
+    if process.returncode != 0: assert (process.returncode, out) == (130, '') and err.splitlines()[-1].startswith('ssm-metarl: stopped by SIGINT after') and '--resume' in err.splitlines()[-1]  # else it was faster than we
     answer(*words, '--resume')
     with np.load(trained[0] / 'latest.npz') as whole, np.load(tmp_path / 'latest.npz') as parts:
         for k in set(whole.files) - {'header'}: assert whole[k].tobytes() == parts[k].tobytes(), k
@@ -197,3 +197,64 @@ def test_every_learner_trains_goes_on_evaluates_and_adapts(words, tmp_path, caps
     after = here(capsys, 'adapt', '--checkpoint', checkpoint, '--episodes', 4, '--adapt-steps', 2, *online, '--figure', tmp_path / 'a.png')
     assert after['pre_return'] == before['mean_return'] == after['returns_by_step'][0] and len(after['returns_by_step']) == 3
     assert {k: v for k, v in before.items() if k in REFERENCES} == {k: v for k, v in after.items() if k in REFERENCES}
+
+
+def test_what_there_is(capsys):
+    assert main(['list']) == 0
+    out = capsys.readouterr().out
+    for name in ('basic', 'MetaHalfCheetahVel-v0', 'meta-sgd', 'h3', 'tent', 'nav2d-relatives'): assert any(line.split()[0] == name and len(line.split()) > 3 for line in out.splitlines() if line.strip()), name
+    assert main(['list', 'cores']) == 0 and [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ['ssm', 'stack', 'h3', 'gru', 'none']
+    assert main(['--version']) == 0 and capsys.readouterr().out.startswith('ssm-metarl 0.')
+    assert main(['--help']) == 0
+    out = capsys.readouterr().out
+    for name in ('train', 'demo', '--plugin', '--version'): assert f'\n  {name} ' in out
+
+
+def test_help_names_what_a_plugin_adds_and_fits_a_terminal(tmp_path):
+    (tmp_path / 'mine.py').write_text('from ssm_metarl.adapter import AdaptationStrategy, register_adaptation_strategy\n@register_adaptation_strategy("sleepy")\nclass Sleepy(AdaptationStrategy): "Does nothing, slowly."\n')
+    helped = subprocess.run([*PROGRAMS[0], 'train', '--plugin', str(tmp_path / 'mine.py'), '--help'], cwd=ROOT, capture_output=True, text=True, env=os.environ | {'COLUMNS': '80'})
+    text = ' '.join(helped.stdout.replace('│', ' ').split())
+    assert helped.returncode == 0 and max(map(len, helped.stdout.splitlines())) <= 80
+    assert 'none, tent, sleepy' in text and '--plugin FILE.py|MODULE' in text
+    assert text.index('--seed') < text.index('--meta.outer-steps') < text.index('--adapt.steps') < text.index('--policy.hidden-dim')
+    listed = run('list', 'strategies', f'--plugin={tmp_path / "mine.py"}')
+    assert listed.returncode == 0 and 'sleepy  (from mine.py) Does nothing, slowly.' in listed.stdout
+
+
+def test_learning_curves_of_two_runs(trained, tmp_path, capsys):
+    assert here(capsys, 'plot', trained[0], trained[0] / 'latest.npz', '--figure', tmp_path / 'a.png') == dict(runs=2, figure=str(tmp_path / 'a.png'))
+    assert (tmp_path / 'a.png').stat().st_size > 10_000
+    assert main(['plot', str(tmp_path)]) == 1 and 'holds no log of a training' in capsys.readouterr().err
+
+
+def test_options_are_replaced_with_a_note_or_changed_one_by_one(tmp_path, capsys):
+    words = ['train', '--config', 'nav2d-rotated', '--num-envs', '2', '--time-limit', '4', '--tasks-per-batch', '2', '--outer-steps', '1', '--ckpt-dir', str(tmp_path)]
+    options = lambda: json.loads(str(np.load(tmp_path / 'latest.npz')['header']))['config']['env_options']
+    assert main([*words, '--env-options', 'gain', '0.2']) == 0 and options() == {'gain': .2}
+    assert "note: --env-options replaces the config's rotation 3.14" in capsys.readouterr().err
+    assert main([*words, '--env-options.gain', '0.2']) == 0 and options() == {'rotation': np.pi, 'gain': .2}
+    assert '--env-options' not in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path('/dev/full').exists(), reason='this system has no /dev/full')
+def test_streams_that_cannot_be_written(trained):
+    words = [*PROGRAMS[0], 'eval', '--checkpoint', str(trained[0] / 'latest.npz'), '--episodes', '2']
+    def shell(redirection): return subprocess.run(['sh', '-c', f'"$@" {redirection}', 'sh', *words], cwd=ROOT, capture_output=True, text=True)
+    full, closed, silent = shell('>/dev/full'), shell('2>&-'), shell('2>/dev/full')
+    assert full.returncode == 1 and full.stderr.splitlines()[-1] == 'ssm-metarl: the result cannot be written to standard output (No space left on device)'
+    for done in (closed, silent): assert done.returncode == 0 and json.loads(done.stdout)['episodes'] == 2
+
+
+def test_a_figure_that_cannot_be_written_loses_no_result(trained, tmp_path, capsys, monkeypatch):
+    from matplotlib.figure import Figure
+    def full(*args, **kw): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(Figure, 'savefig', full)
+    assert main(['adapt', '--checkpoint', str(trained[0] / 'latest.npz'), '--episodes', '2', '--adapt-steps', '1', '--figure', str(tmp_path / 'a.png')]) == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out)['episodes'] == 2 and 'cannot be written (No space left on device); the results are complete without it' in err.splitlines()[-1]
+
+
+def test_contradictions_are_refused_before_a_folder_is_made(tmp_path, capsys):
+    for words in ('--learner rl2 --policy.history --adapt.online', '--learner meta-sgd --adapt.optimizer adam', '--num-envs 1000000 --time-limit 1000000', '--env-options rotation 1e308', '--device hpu'):
+        assert main(['train', *words.split(), '--ckpt-dir', str(tmp_path / 'x')]) == 2
+        assert capsys.readouterr().err.count('\n') == 1 and list(tmp_path.iterdir()) == []

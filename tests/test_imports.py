@@ -10,7 +10,6 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted(path.stem for path in (ROOT / 'ssm_metarl').glob('*.py') if path.stem not in ('__init__', '__main__', '_modidx'))
 LATER = 'matplotlib', 'scipy.stats', 'scipy.special', 'PIL.Image', 'tyro', 'torch._dynamo', 'torch._inductor', 'IPython', 'tensorboard'
-NEEDED = {'cli': ['tyro']}  # its commands are described with it
 
 
 def fresh(script, *words):
@@ -29,11 +28,11 @@ brought = dict()
 for module in sys.argv[1:]:
     importlib.import_module(f'ssm_metarl.{{module}}')
     brought[module] = [name for name in {LATER} if name in sys.modules]
-print(json.dumps(brought))''', *sorted(MODULES, key=lambda module: module in NEEDED))
+print(json.dumps(brought))''', *sorted(MODULES))
 
 
 @pytest.mark.parametrize('module', MODULES)
-def test_a_module_does_not_bring_what_it_may_never_need(module, brought): assert brought[module] == NEEDED.get(module, [])
+def test_a_module_does_not_bring_what_it_may_never_need(module, brought): assert brought[module] == []
 
 
 def test_the_package_alone_imports_no_torch():
