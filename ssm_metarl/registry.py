@@ -57,6 +57,7 @@ class Registry(dict):
         if owner := self._taken(name, maker):
             raise ValueError(f'{self.kind} {name!r} is registered already, by {owner}; '
                              f'choose a name beside {self.known()}')
+        if self.get(name) is value: return  # it is there already, wherever it came from
         reserved = isinstance(self.get(name), str)  # for a module that a plug-in may have imported
         self[name], self.makers[name] = value, maker
         if _loading and not reserved: self.origins[name] = _loading[-1]
@@ -155,14 +156,18 @@ def _forget(entries):  # -> modules that made them, which are forgotten, too
 
 @contextmanager
 def _all_or_nothing(plugin):
-    old, module = _entries(plugin), PLUGINS.get(plugin)
-    modules = _forget(old)
+    before = [(x, dict(x), dict(x.makers), dict(x.origins)) for x in REGISTRIES.values()]
+    module, modules = PLUGINS.get(plugin), _forget(_entries(plugin))
     if module: modules[module.__name__] = sys.modules.pop(module.__name__, module)
     _loading.append(plugin)
     try: yield
     except BaseException:
         _forget(_entries(plugin))
-        for registry, *entry in old: registry.add(*entry)
+        for registry, values, makers, origins in before:
+            for name in values.keys() - registry.keys():
+                registry.add(name, values[name], makers[name])
+            registry.update(values), registry.makers.update(makers)
+            registry.origins.clear(), registry.origins.update(origins)
         sys.modules.update(modules)
         raise
     finally: _loading.pop()
