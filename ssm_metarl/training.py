@@ -323,6 +323,7 @@ class TrainingStopped(Stopped):
         done, total = self.run.done, self.run.config.meta.outer_steps
         after = f'{super().__str__()} after {done} of {total} outer steps'
         if self.run.saved != done: return f'{after}; nothing was saved'
+        if self.run.over: return f'{after}; all is done, and saved in {self.run.folder}'
         return f'{after}; --resume (resume=True) goes on from {self.run.folder}'
 
 
@@ -332,9 +333,9 @@ def _finish_or_save(run, stops, bar, writer):
             line = run.step()
             with stops.shielded(): run.commit(line)
             show_step(bar, writer, line)
-        if run.over: stops.signals.clear()  # nothing is left to be stopped
     finally:
         with stops.shielded(): run.save_latest()
+    if run.over: stops.signals.clear()  # nothing is left to be stopped
 
 # %% ../nbs/08b_training.ipynb #08b10033
 def show_step(
