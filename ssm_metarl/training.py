@@ -335,6 +335,7 @@ class TrainingStopped(Stopped):
         done, total = self.run.done, self.run.config.meta.outer_steps
         after = f'{super().__str__()} after {done} of {total} outer steps'
         if self.run.saved != done: return f'{after}; nothing was saved'
+        if self.run.over: return f'{after}; all is done, and saved in {self.run.folder}'
         return f'{after}; --resume (resume=True) goes on from {self.run.folder}'
 
 
@@ -344,11 +345,11 @@ def _finish_or_save(run, stops, bar, writer):
             line = run.step()
             with stops.shielded(): run.commit(line)
             show_step(bar, writer, line)
-        if run.over: stops.signals.clear()  # nothing is left to be stopped
-        elif stops.wanted is None: raise Stopped(signal.SIGTERM)  # another process was stopped
+        if not (run.over or stops.wanted): raise Stopped(signal.SIGTERM)  # another rank was
     finally:
         with stops.shielded():
             if rank() == 0: run.save_latest()
+    if run.over: stops.signals.clear()  # nothing is left to be stopped
 
 # %% ../nbs/08b_training.ipynb #08b10033
 def show_step(

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from ssm_metarl import checkpoints, cli, files, training
+from ssm_metarl import checkpoints, cli, files, stops, training
 from ssm_metarl.checkpoints import CheckpointError, load_checkpoint, make_learner
 from ssm_metarl.config import CONFIGS
 from ssm_metarl.maml import MetaMAML
@@ -67,6 +67,7 @@ def quick(monkeypatch):  # trainings in milliseconds; what they write, and how, 
     monkeypatch.setattr(training, 'validate', validate)
     monkeypatch.setattr(training, 'sample_tasks', lambda *args, **kwargs: [])
     monkeypatch.setattr(os, 'fsync', lambda handle: None)
+    monkeypatch.setattr(stops, 'say', lambda text: None)
     monkeypatch.setattr(checkpoints, 'shapes_without_memory', lambda make: None)  # the file's own are believed
 
 
@@ -174,9 +175,10 @@ class Story:
         assert not [n for n in names(self.run) if n.startswith(('.', 'earlier'))], where
         if said is None: assert done == self.end, where
         else:
-            assert str(said).endswith(f'after {done} of {self.end} outer steps; --resume (resume=True) goes on from {self.run}'), (where, said)
+            advice = f'--resume (resume=True) goes on from {self.run}' if done < self.end else f'all is done, and saved in {self.run}'
+            assert str(said).endswith(f'after {done} of {self.end} outer steps; {advice}'), (where, said)
             assert said.status in (130, 143)
-        now = tuple(names(self.run)), str(log), int(kept['step']), int(parameters(self.run / 'best.npz')['step'])
+        now = tuple(names(self.run)), str(log), int(kept['step']), *((self.run / name).stat().st_size for name in names(self.run) if name.endswith('.npz'))
         if now not in self.known: self.resumed(where)  # what follows depends on nothing else
         self.known.add(now)
 
@@ -201,12 +203,13 @@ def places(story):
 
 def test_a_signal_at_every_line(story, places):
     said = Counter(str(story.struck([place])[1]).partition(';')[0] for place in range(places))
-    assert said.keys() == {'None', 'stopped by SIGINT after 10 of 11 outer steps'} and min(said.values()) > 50  # the step is finished
+    assert said.keys() == {'None', *(f'stopped by SIGINT after {n} of 11 outer steps' for n in (9, 10))}
+    assert said['stopped by SIGINT after 9 of 11 outer steps'] < 6 and said['stopped by SIGINT after 10 of 11 outer steps'] > 50  # what has begun is finished
 
 
 def test_two_signals_at_every_line(story, places):
     said = Counter(str(story.struck([place, place])[1]).partition(';')[0] for place in range(places))
-    assert said.keys() == {'None', *(f'stopped by SIGINT after {n} of 11 outer steps' for n in (9, 10))} and said['stopped by SIGINT after 9 of 11 outer steps'] > 10  # dropped
+    assert said.keys() == {'None', *(f'stopped by SIGINT after {n} of 11 outer steps' for n in (9, 10, 11))} and said['stopped by SIGINT after 9 of 11 outer steps'] > 10  # dropped
 
 
 def test_a_second_signal_at_every_line_after_the_first(story, places):
@@ -222,14 +225,15 @@ def test_two_signals_at_every_instruction_of_the_loop(story):
 
 
 def test_signals_while_the_stopped_run_is_saved(story, monkeypatch):
-    save = Run.save
+    save, names = Run.save, []
     def interrupted(run, name):
-        for signum in (INT, TERM, INT): signal.raise_signal(signum)
+        names.append(name)
+        for signum in (INT, TERM, INT)[:3 * (len(names) < 4)]: signal.raise_signal(signum)
         save(run, name)
-        for signum in (TERM, INT): signal.raise_signal(signum)
+        for signum in (TERM, INT)[:2 * (len(names) < 4)]: signal.raise_signal(signum)
     monkeypatch.setattr(Run, 'save', interrupted)
     _, said = story.struck([])
-    assert 'after 10 of 11' in str(said)
+    assert 'after 10 of 11' in str(said) and names[:3] == ['best.npz', 'step_10.npz', 'latest.npz']
 
 
 def test_signals_while_an_earlier_run_is_moved(story, tmp_path, outside):
@@ -407,3 +411,304 @@ def test_killed_at_every_line(fresh, story, tmp_path):
         assert same(parameters(folder / 'latest.npz'), parameters(whole / 'latest.npz')) and results(folder) == results(whole)
         assert [n for n in names(folder) if not n.startswith('earlier')] == names(whole)
     assert len(moments) > 4
+
+
+# --- full disks and folders that cannot be written ---
+
+def limited(size, function, *args, **kwargs):  # in a process of its own: files end at this size, as on a full disk
+    def work(queue):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        try: queue.put(('done', function(*args, **kwargs)))
+        except BaseException as error: queue.put((type(error).__name__, str(error)))
+    context = multiprocessing.get_context('fork')
+    queue = context.SimpleQueue()
+    child = context.Process(target=work, args=(queue,))
+    child.start()
+    found = queue.get()
+    child.join()
+    return found
+
+
+@contextmanager
+def small_disk(path, size):
+    path.mkdir()
+    made = subprocess.run(['mount', '-t', 'tmpfs', '-o', f'size={size}', 'tmpfs', path], capture_output=True)
+    if made.returncode: pytest.skip('no right to mount a file system')
+    try: yield path
+    finally: subprocess.run(['umount', '-l', path], check=True)
+
+
+def content(folder): return {name: (folder / name).read_bytes() for name in names(folder) if name.endswith('.npz')}
+
+
+@FORKS
+@pytest.mark.parametrize('size', [0, 10_000])  # no byte fits; the log fits, but no checkpoint
+@pytest.mark.parametrize('fresh', [False, True])
+def test_full_disk(size, fresh, story):
+    before, log = content(story.first), results(story.first)
+    kind, said = limited(size, go, story.first, 11, resume=not fresh, keep=1, **dict(config=tiny(10, seed=4)) if fresh else {})
+    assert kind == 'OSError' and said.count('\n') == 0 and str(story.first) in said, said
+    assert 'no space left' in said or 'File too large' in said
+    assert content(story.first) == before, 'the earlier run is where it was'
+    assert results(story.first)[:len(log)] == log and names(story.first) == [*before, 'train.jsonl']
+    copy(story.first, story.run)
+    story.resumed('full disk')
+
+
+@FORKS
+@pytest.mark.parametrize('room', ['one checkpoint', 'two checkpoints', 'the log'])
+def test_a_disk_that_fills_up(room, story, tmp_path):
+    "A file system of its own, with less and less room; with more of it the same run goes on."
+    with small_disk(tmp_path / 'disk', '2M') as disk:
+        folder, ballast = copy(story.first, disk / 'run'), disk / 'ballast'
+        free = {'one checkpoint': 2.5, 'two checkpoints': 3.5, 'the log': .2}[room] * (folder / 'latest.npz').stat().st_size
+        with open(ballast, 'wb') as file:
+            try:
+                while True: file.write(bytes(4096)), file.flush()
+            except OSError: pass
+            file.truncate(max(0, os.fstat(file.fileno()).st_size - int(free) // 4096 * 4096))
+        before = parameters(folder / 'latest.npz')
+        try: go(folder, 11, keep=1)
+        except OSError as error: assert 'no space left; free some space' in str(error) and '\n' not in str(error) and 'the previous file is untouched' in str(error) or 'step_10' in str(error) or room == 'the log', error
+        else: assert room == 'two checkpoints'
+        kept = parameters(folder / 'latest.npz')
+        assert same(kept, story.states[int(kept['step'])]) and len(read_log(folder)) >= int(kept['step'])
+        assert not [n for n in names(folder) if n.startswith('.')]
+        ballast.unlink()
+        copy(folder, story.run)
+    story.resumed(room)
+
+
+def test_full_disk_in_a_terminal(tmp_path, capfd, monkeypatch):
+    script = f'ulimit -f 8; exec {sys.executable} -m ssm_metarl train --outer-steps 12 --ckpt-dir {tmp_path / "run"} {" ".join(WORDS)}'
+    done = subprocess.run(['sh', '-c', script], capture_output=True, text=True)
+    assert done.returncode == 1 and 'Traceback' not in done.stderr and 'cannot be written (no space left); free some space or name another folder' in done.stderr.splitlines()[-1]
+    assert done.stdout == '' and not [n for n in names(tmp_path / 'run') if n.endswith(('.npz', '.unfinished'))]
+
+
+@FORKS
+@pytest.mark.parametrize('when', ['at the start', 'at the first commit', 'at a later checkpoint'])
+def test_a_folder_that_turns_read_only(when, story, tmp_path, monkeypatch):
+    with small_disk(tmp_path / 'disk', '2M') as disk:
+        folder = copy(story.first, disk / 'run')
+        def lock(*args): subprocess.run(['mount', '-o', 'remount,ro', disk], check=True)
+        before, log = content(folder), results(folder)
+        if when == 'at the start': lock()
+        owner, name = {'at the start': (Quick, 'adapt'), 'at the first commit': (Run, '_begin'), 'at a later checkpoint': (training, 'keep_newest')}[when]
+        real = getattr(owner, name)
+        def locking(*args):
+            lock()
+            return real(*args)
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, locking)
+            with pytest.raises(OSError, match='Read-only file system') as error: go(folder, 11, keep=1)
+        assert '\n' not in str(error.value) and 'name another' in str(error.value)
+        subprocess.run(['mount', '-o', 'remount,rw', disk], check=True)
+        assert {name: (folder / name).read_bytes() for name in before} | (before if when.startswith('at a later') else {}) == before
+        assert results(folder)[:len(log)] == log and parameters(folder / 'latest.npz')
+        copy(folder, story.run)
+    (story.run / '.lock').unlink(missing_ok=True)  # it could not be removed there; it keeps nobody out
+    story.resumed(when)
+
+
+# --- two trainings, damaged logs, files that are missing ---
+
+def waiting(folder, ready):
+    def outer_step(self, tasks):
+        ready.set()
+        time.sleep(60)
+    Quick.outer_step = outer_step
+    quietly(go, folder, 11)
+
+
+@FORKS
+def test_two_trainings_in_one_folder(story):
+    ready = multiprocessing.get_context('fork').Event()
+    first, before = in_fork(waiting, story.first, ready), content(story.first)
+    assert ready.wait(30)
+    for resume in (False, True):
+        with pytest.raises(OSError, match='another training writes into'): go(story.first, 11, resume=resume, keep=1)
+    assert cli.main(['train', '--ckpt-dir', str(story.first), '--resume']) == 1
+    assert content(story.first) == before
+    first.kill(), first.join()
+    copy(story.first, story.run)
+    story.resumed('after a kill')
+
+
+def rewrite(folder, change):
+    lines = (folder / 'train.jsonl').read_text().splitlines(keepends=True)
+    (folder / 'train.jsonl').write_text(''.join(change(lines)))
+
+
+def with_line(text): return lambda lines: [*lines[:4], text + '\n', *lines[4:]]
+
+
+@pytest.mark.parametrize('change', [
+    lambda lines: [line + '\n' for line in lines], lambda lines: ['\r\n', *lines, '   \n'], lambda lines: lines + [lines[-1][:-20]],
+    lambda lines: [*lines, json.dumps(json.loads(lines[-1]) | dict(step=len(lines))) + '\n']], ids=['blank', 'blank around', 'torn', 'one ahead'])
+def test_logs_that_are_as_good_as_new(change, story):
+    copy(story.first, story.run), rewrite(story.run, change)
+    story.resumed('')
+
+
+def field(**changes): return lambda lines: [*lines[:4], json.dumps(json.loads(lines[4]) | changes) + '\n', *lines[5:]]
+
+
+@pytest.mark.parametrize('change', [
+    with_line('1'), with_line('[]'), with_line('null'), with_line('{}'), with_line('{"step": 3'), lambda lines: [], lambda lines: lines[:-2], lambda lines: lines[:3] + lines[5:],
+    lambda lines: lines[::-1], lambda lines: lines[:2] + lines, field(step='4'), field(step=None), field(step=4.), field(step=True), field(step=-1), field(step=10**400), field(wall_s='1'), field(wall_s=None),
+    field(env_steps=[]), field(pre_return='x'), field(post_return={}), field(validation=3), field(validation=[1]), field(validation=dict(pre=1)), field(validation=dict(pre='x', post=1.))])
+def test_logs_that_do_not_fit_are_refused_in_a_line(change, story, capsys):
+    copy(story.first, story.run), rewrite(story.run, change)
+    before = content(story.run), (story.run / 'train.jsonl').read_bytes()
+    with pytest.raises((CheckpointError, ValueError), match='train.jsonl') as error: go(story.run, 11, keep=1)
+    assert '\n' not in str(error.value) and len(str(error.value)) < 500 and 'delete' in str(error.value) or 'without --resume' in str(error.value)
+    assert (content(story.run), (story.run / 'train.jsonl').read_bytes()) == before
+
+
+def test_a_log_that_lost_a_line_twice(story):
+    "It goes on, and again, and the numbers are those of a whole one; only the lines are missing."
+    folder = copy(story.first, story.run)
+    rewrite(folder, lambda lines: lines[:-1])
+    go(folder, 10, keep=1)
+    rewrite(folder, lambda lines: lines[:-1])
+    go(folder, 11, keep=1)
+    assert same(parameters(folder / 'latest.npz'), story.states[11]) and [line['step'] for line in read_log(folder)] == [*range(8), 10]
+    (folder / 'train.jsonl').unlink()
+    with pytest.raises(CheckpointError, match='does not hold the 11 steps'): go(folder, 11, keep=1)
+
+
+def test_one_step_and_no_line(quick, tmp_path):
+    go(tmp_path, 1)
+    (tmp_path / 'train.jsonl').unlink()
+    found = go(tmp_path, 1)
+    assert found['outer_steps'] == 1 and found['env_steps'] == 0 and found['wall_s'] is found['final_pre_return'] is None
+
+
+def test_scores_that_are_not_finite(quick, tmp_path, monkeypatch):
+    "A validation that is nan is the worst, in this session and in the next, where it comes back as null."
+    scores = [float('nan'), 1., float('nan'), 2., float('inf'), 1.5]
+    monkeypatch.setattr(training, 'validate', lambda learner, *args: dict(pre=0., post=scores[learner.step - 1]))
+    for steps in (1, 2, 3, 4, 5, 6): found = go(tmp_path, steps, eval_every=1)
+    assert int(parameters(found['best_checkpoint'])['step']) == 4
+    live = [-np.inf, 1., -np.inf, 2., -np.inf, 1.5]
+    assert validation_scores(read_log(tmp_path), 'maml') == live
+    assert validation_scores([dict(validation=dict(pre=0., post=s)) for s in scores], 'maml') == live
+
+
+def test_without_latest(story):
+    for damage in (None, b'', b'PK', (story.whole / 'step_10.npz').read_bytes()[:-200]):
+        folder = copy(story.whole, story.run)
+        (folder / 'latest.npz').unlink()
+        for name in ('step_²0.npz', 'step_x.npz', 'step_.npz', 'latest.npz.txt'): (folder / name).write_text('')
+        if damage is not None: (folder / 'step_20.npz').write_bytes(damage)
+        found = go(folder, 10, eval_every=0, eval_tasks=10)
+        assert found['outer_steps'] == 10 and Path(found['checkpoint']).exists() and same(parameters(folder / 'latest.npz'), story.states[10])
+        (folder / 'latest.npz').unlink()
+        go(folder, 11)
+        assert same(parameters(folder / 'latest.npz'), story.states[11])
+
+
+def test_more_steps_done_than_asked(story, capsys):
+    before = content(story.whole)
+    found = go(story.whole, 3, keep=1)
+    assert found['outer_steps'] == 11 and content(story.whole) == before and 'holds 11 outer steps already' in capsys.readouterr().err
+
+
+def test_a_clock_that_goes_backwards(quick, tmp_path, monkeypatch):
+    clocks = {name: iter(np.linspace(0, -1e6, 1000)) for name in ('monotonic', 'process_time')}
+    for name, ticks in clocks.items(): monkeypatch.setattr(training.time, name, lambda ticks=ticks: next(ticks))
+    go(tmp_path, 2), go(tmp_path, 4)
+    for line in read_log(tmp_path): assert type(line['wall_s']) is float and line['env_steps_per_s'] > 0
+
+
+class Broken:  # stderr on a terminal that is gone, or on a full disk
+    encoding = 'utf-8'
+    def write(self, text): raise OSError(28, 'No space left on device')
+    def flush(self): raise OSError(28, 'No space left on device')
+    def isatty(self): return True
+
+
+@pytest.mark.parametrize('stderr', [None, Broken()], ids=['closed', 'broken'])
+def test_what_cannot_be_said_stops_nothing(stderr, story, monkeypatch):
+    monkeypatch.setattr(sys, 'stderr', stderr)
+    for resume, steps in ((False, 2), (True, 2), (True, 3)):
+        assert train(tiny(steps, seed=8), story.first, resume=resume)['outer_steps'] == steps
+    assert (story.first / 'earlier_1' / 'latest.npz').exists()
+
+
+# --- validation, patience, what is kept ---
+
+def test_best_is_the_step_with_the_best_validation(tmp_path, monkeypatch):
+    "`best.npz` holds what a training that ends there holds, and says what was logged."
+    config = replace(tiny(7), meta=replace(tiny(7).meta, outer_lr=.05))
+    found = go(tmp_path / 'a', 7, config=config, eval_every=1, eval_tasks=3)
+    scores = [line['validation']['post'] for line in read_log(tmp_path / 'a')]
+    best = 7 - int(np.argmax(scores[::-1]))
+    go(tmp_path / 'b', best, config=replace(config, meta=replace(config.meta, outer_steps=best)), eval_every=0, eval_tasks=10)
+    assert same(parameters(found['best_checkpoint']), parameters(tmp_path / 'b' / 'latest.npz'))
+    learner = make_learner(*load_checkpoint(found['best_checkpoint']))
+    assert training.validate(learner, config, 3)['post'] == max(scores)
+
+
+def test_validation_is_the_same_whether_it_was_resumed_or_not(tmp_path):
+    config = tiny(6)
+    go(tmp_path / 'whole', 6, config=config, patience=2, eval_every=1)
+    for steps in range(1, 7): go(tmp_path / 'parts', steps, config=tiny(steps), patience=2, eval_every=1)
+    assert results(tmp_path / 'whole') == results(tmp_path / 'parts')
+    for name in ('best.npz', 'latest.npz'): assert same(parameters(tmp_path / 'whole' / name), parameters(tmp_path / 'parts' / name))
+
+
+def test_patience_counts_over_sessions(quick, tmp_path, monkeypatch):
+    scores = [1., 5., 4., 3., 5., 2., 2., 2., 9.]
+    monkeypatch.setattr(training, 'validate', lambda learner, *args: dict(pre=0., post=scores[learner.step - 1]))
+    whole = go(tmp_path / 'whole', 9, eval_every=1, patience=4)
+    for steps in range(1, 10): found = go(tmp_path / 'parts', steps, eval_every=1, patience=4)
+    assert whole['outer_steps'] == found['outer_steps'] == 6 and int(parameters(found['best_checkpoint'])['step']) == 5  # the last of two that are equal
+    assert go(tmp_path / 'parts', 9, eval_every=1, patience=7)['outer_steps'] == 9  # it may go on
+
+
+@pytest.mark.parametrize('keep', [0, 1, 2])
+def test_kept_checkpoints(keep, quick, tmp_path):
+    go(tmp_path, 25, keep=keep), go(tmp_path, 41, keep=keep)
+    assert sorted(tmp_path.glob('step_*')) == [tmp_path / f'step_{n}.npz' for n in (10, 20, 30, 40)[-keep:]]
+    for path in tmp_path.glob('step_*'): assert int(parameters(path)['step']) == int(path.stem[5:])
+
+
+def test_refused_before_anything_is_touched(story):
+    before = content(story.first)
+    for wrong in (dict(keep=-1), dict(eval_every=True), dict(patience=10**30), dict(eval_tasks=0), dict(unknown=1), dict(tensorboard=True, eval_every=0, eval_tasks=3)):
+        with pytest.raises((ValueError, TypeError), match=next(iter(wrong)) if len(wrong) == 1 else 'eval_tasks'): go(story.first, 11, **wrong)
+    with pytest.raises(CheckpointError, match='comes from a run with other settings'): go(story.first, 11, config=tiny(11, seed=1))
+    (story.first / 'latest.npz').write_bytes(b'PK')
+    with pytest.raises(CheckpointError, match='latest.npz'): go(story.first, 11)
+    assert {**content(story.first), 'latest.npz': before['latest.npz']} == before
+
+
+# --- memory ---
+
+def usage():
+    pages = int(Path('/proc/self/statm').read_text().split()[1])
+    return pages * resource.getpagesize(), len(os.listdir('/proc/self/fd'))
+
+
+def watched(learner, folder, steps, queue):
+    from ssm_metarl.compiling import keep_memory
+    keep_memory()  # as the command line does
+    seen, commit = {}, Run.commit
+    def watching(run, line):
+        commit(run, line)
+        if run.done in steps: seen[run.done] = usage()
+    Run.commit = watching
+    go(folder, max(steps), config=tiny(max(steps), learner), eval_every=0, eval_tasks=10, keep=2)
+    queue.put(seen)
+
+
+@FORKS
+@pytest.mark.parametrize('learner', ['maml', 'rl2'])
+def test_memory_and_file_descriptors_stay(learner, tmp_path):
+    queue = multiprocessing.get_context('fork').SimpleQueue()
+    child = in_fork(watched, learner, tmp_path, (100, 500), queue)
+    (memory, files), (later, more) = queue.get().values()
+    child.join()
+    assert later < 1.05 * memory and more == files
