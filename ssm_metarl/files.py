@@ -419,7 +419,8 @@ def writable_folder(
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file: file.write(bytes(size))
     except (OSError, ValueError) as error:
-        reason = getattr(error, 'strerror', None) or str(error)
+        full = getattr(error, 'errno', None) in _FULL
+        reason = 'no space left' if full else getattr(error, 'strerror', None) or str(error)
         raise OSError(f'{str(path)!r} is not a folder that can be written to ({reason}); '
                       'name another one') from None
     return folder

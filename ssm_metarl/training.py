@@ -282,8 +282,8 @@ class Run:
 
     def _begin(self):  # the log as far as it counts; an earlier run goes aside
         if not self.resumed:
-            size = sum(x.nbytes for x in self.learner.state_dict().values())
-            writable_folder(self.folder, size)  # before anything is moved
+            sizes = [x.nbytes + 500 for x in self.learner.state_dict().values()]
+            writable_folder(self.folder, 2**14 + 2 * sum(sizes))  # before anything is moved
             if earlier := set_aside(self.folder):
                 _tell(f'an earlier run in {self.folder} was moved to {earlier}')
         lines = ''.join(to_json(line) + '\n' for line in self.history)
