@@ -148,7 +148,7 @@ def _check_layout(archive, file):  # what the archive says adds up to the file, 
 
 # %% ../nbs/00_files.ipynb #00f00120
 _DESCRIBED = re.compile(r"\{'descr': '([^']{2,12})', 'fortran_order': (False|True), "
-                        r"'shape': \(((?:\d{1,18},? ?){0,32})\), \} *\n")
+                        r"'shape': \(((?:\d{1,18}, ){0,31}\d{1,18},?|)\), \} *\n")
 
 
 @dataclass(frozen=True)
