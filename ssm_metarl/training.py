@@ -354,6 +354,18 @@ def show_step(
         if isinstance(value, (int, float)): writer.add_scalar(name, value, line['step'] + 1)
 
 # %% ../nbs/08b_training.ipynb #08b10034
+class _Patient:
+    "A stream for a progress bar: what cannot be written is left out."
+    def __init__(self, file): self.file = file
+    def __getattr__(self, name): return getattr(self.file, name)
+
+    def write(self, text):
+        with suppress(OSError, ValueError): self.file.write(text)
+
+    def flush(self):
+        with suppress(OSError, ValueError): self.file.flush()
+
+
 def progress_bar(
     run: Run, # to be shown
     shown: bool = True, # False: no bar at all
@@ -364,7 +376,7 @@ def progress_bar(
     hidden = None if shown and not in_notebook else not shown
     if sys.stderr is None: hidden = True  # it was closed
     return tqdm(desc='meta-training', total=run.config.meta.outer_steps, initial=run.done,
-                unit='step', file=sys.stderr, disable=hidden)
+                unit='step', file=_Patient(sys.stderr), disable=hidden)
 
 # %% ../nbs/08b_training.ipynb #08b10035
 def train(
