@@ -214,7 +214,8 @@ def test_two_signals_at_every_line(story, places):
 
 
 def test_a_second_signal_at_every_line_after_the_first(story, places):
-    said = Counter(str(story.struck([1, place])[1]).partition(';')[0] for place in range(2, places))
+    first = [name for name, _ in story.struck([])[0]].index('step')
+    said = Counter(str(story.struck([first, place])[1]).partition(';')[0] for place in range(first + 1, places))
     assert said.keys() == {f'stopped by SIGINT after {n} of 11 outer steps' for n in (9, 10)} and min(said.values()) > 10
 
 
