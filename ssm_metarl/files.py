@@ -148,7 +148,7 @@ def _check_layout(archive, file):  # what the archive says adds up to the file, 
 
 # %% ../nbs/00_files.ipynb #00f00120
 _DESCRIBED = re.compile(r"\{'descr': '([^']{2,12})', 'fortran_order': (False|True), "
-                        r"'shape': \(((?:\d{1,18},? ?){0,32})\), \} *\n")
+                        r"'shape': \(((?:\d{1,18}, ){0,31}\d{1,18},?|)\), \} *\n")
 
 
 @dataclass(frozen=True)
@@ -419,7 +419,8 @@ def writable_folder(
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file: file.write(bytes(size))
     except (OSError, ValueError) as error:
-        reason = getattr(error, 'strerror', None) or str(error)
+        full = getattr(error, 'errno', None) in _FULL
+        reason = 'no space left' if full else getattr(error, 'strerror', None) or str(error)
         raise OSError(f'{str(path)!r} is not a folder that can be written to ({reason}); '
                       'name another one') from None
     return folder

@@ -294,8 +294,8 @@ class Run:
 
     def _begin(self):  # the log as far as it counts; an earlier run goes aside
         if not self.resumed:
-            size = sum(x.nbytes for x in self.learner.state_dict().values())
-            writable_folder(self.folder, size)  # before anything is moved
+            sizes = [x.nbytes + 500 for x in self.learner.state_dict().values()]
+            writable_folder(self.folder, 2**14 + 2 * sum(sizes))  # before anything is moved
             if earlier := set_aside(self.folder):
                 _tell(f'an earlier run in {self.folder} was moved to {earlier}')
         lines = ''.join(to_json(line) + '\n' for line in self.history)
@@ -368,6 +368,18 @@ def show_step(
         if isinstance(value, (int, float)): writer.add_scalar(name, value, line['step'] + 1)
 
 # %% ../nbs/08b_training.ipynb #08b10034
+class _Patient:
+    "A stream for a progress bar: what cannot be written is left out."
+    def __init__(self, file): self.file = file
+    def __getattr__(self, name): return getattr(self.file, name)
+
+    def write(self, text):
+        with suppress(OSError, ValueError): self.file.write(text)
+
+    def flush(self):
+        with suppress(OSError, ValueError): self.file.flush()
+
+
 def progress_bar(
     run: Run, # to be shown
     shown: bool = True, # False: no bar at all
@@ -378,7 +390,7 @@ def progress_bar(
     hidden = None if shown and not in_notebook else not shown
     if sys.stderr is None: hidden = True  # it was closed
     return tqdm(desc='meta-training', total=run.config.meta.outer_steps, initial=run.done,
-                unit='step', file=sys.stderr, disable=hidden)
+                unit='step', file=_Patient(sys.stderr), disable=hidden)
 
 # %% ../nbs/08b_training.ipynb #08b10035
 def train(
