@@ -701,10 +701,13 @@ def run_command(
     if argv[:1] in (['--help'], ['-h']) or argv[:1] == ['--version']:
         report(overview() if argv[0] != '--version' else f'ssm-metarl {__version__}')
         return 0
-    command = parse(load_plugins(argv))
+    command, rank = parse(load_plugins(argv)), os.environ.get('RANK', '0')
     if command is None: return 0
+    if os.environ.get('WORLD_SIZE', '1') != '1' and not isinstance(command, Train):
+        raise BadRequest('torchrun shares the work of train only; give this command without it')
     try:
-        for result in command.run(): report(result)
+        for result in command.run():
+            if rank == '0': report(result)  # of several processes, one speaks
     except KeyboardInterrupt as error: return _fail(command.stopped(error), explain(error)[1])
     return 0
 
