@@ -1,4 +1,5 @@
 "Several processes give what one gives, and none waits for another that is gone. Run as a program, this file is one of the ranks."
+import json
 import os
 import pickle
 import socket
@@ -14,11 +15,15 @@ import numpy as np
 import torch
 
 from ssm_metarl import ranks
+from ssm_metarl.checkpoints import load_checkpoint
+from ssm_metarl.cli import main
 from ssm_metarl.envs import EnvConfig, PointNavigation, register_family, sample_tasks
 from ssm_metarl.meta_learner import MetaConfig, MetaLearner, trust_region
 from ssm_metarl.policy import PolicyConfig, SSMMetaPolicy
+from ssm_metarl.registry import load_plugin
 from ssm_metarl.rl2 import LEARNERS
 from ssm_metarl.rollout import collect
+from ssm_metarl.training import read_log
 
 STEPS = 5
 CASES = {  # name: learner, settings
@@ -294,3 +299,46 @@ if __name__ == '__main__':
         torch.set_num_threads(1)
         found = globals()[job]()
         (Path(folder) / f'{ranks.rank()}.pickle').write_bytes(pickle.dumps(found))
+
+
+TRAIN = ['train', '--num-envs', '3', '--time-limit', '8', '--seed', '1', '--meta.tasks-per-batch', '3', '--eval-every', '0']
+
+
+def torchrun(*words, cwd):
+    "`torchrun --nproc-per-node 2 -m ssm_metarl ...`, on a port that is free."
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m', 'ssm_metarl', *words]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=os.environ | dict(OMP_NUM_THREADS='1'))
+
+
+def test_training_in_two_processes_is_that_of_one(tmp_path):
+    done = torchrun(*TRAIN, '--outer-steps', '11', '--ckpt-dir', 'two', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [json.loads(line)['outer_steps'] for line in done.stdout.splitlines()] == [11]  # one of them speaks
+    assert main([*TRAIN, '--outer-steps', '11', '--ckpt-dir', str(tmp_path / 'one')]) == 0
+    (a, one), (b, two) = (load_checkpoint(tmp_path / name / 'latest.npz') for name in ('one', 'two'))
+    assert a == b and one.keys() == two.keys()
+    for name in one: np.testing.assert_allclose(one[name], two[name], atol=1e-4, err_msg=name)
+    assert [line['step'] for line in read_log(tmp_path / 'two')] == list(range(11))
+    assert main([*TRAIN, '--outer-steps', '12', '--ckpt-dir', str(tmp_path / 'two'), '--resume']) == 0  # with another number of processes
+    assert int(load_checkpoint(tmp_path / 'two' / 'latest.npz')[1]['step']) == 12
+
+
+def test_a_process_that_dies_ends_the_training_and_leaves_a_whole_checkpoint(tmp_path):
+    (tmp_path / 'dies.py').write_text("""
+import os
+from ssm_metarl.maml import MetaMAML
+from ssm_metarl.meta_learner import register_learner
+from ssm_metarl.ranks import rank
+
+@register_learner('dies')
+class Dies(MetaMAML):
+    "Its second process is gone in the twelfth step."
+    def outer_step(self, tasks):
+        if self.step == 11 and rank() == 1: os._exit(7)
+        return super().outer_step(tasks)
+""")
+    done = torchrun(*TRAIN, '--plugin', 'dies.py', '--learner', 'dies', '--outer-steps', '20', '--ckpt-dir', 'run', cwd=tmp_path)
+    assert done.returncode != 0 and not done.stdout
+    load_plugin(tmp_path / 'dies.py')
+    assert int(load_checkpoint(tmp_path / 'run' / 'latest.npz')[1]['step']) in (10, 11)
+    assert not list((tmp_path / 'run').glob('*.unfinished'))
