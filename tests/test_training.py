@@ -26,6 +26,7 @@ from ssm_metarl.config import CONFIGS
 from ssm_metarl.maml import MetaMAML
 from ssm_metarl.meta_learner import LEARNERS, LearnerState
 from ssm_metarl.policy import PolicyConfig
+from ssm_metarl.rollout import Trajectories
 from ssm_metarl.stops import Stopped, Stops
 from ssm_metarl.training import Run, Schedule, TrainingStopped, read_log, train, validation_scores
 
@@ -722,3 +723,50 @@ def test_memory_and_file_descriptors_stay(learner, tmp_path):
     (memory, files), (later, more) = queue.get().values()
     child.join()
     assert later < 1.05 * memory and more == files
+
+
+def test_tensorboard_shows_what_the_log_says(tmp_path):
+    pytest.importorskip('tensorboard')
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    train(tiny(3), tmp_path, progress=False, eval_every=2, eval_tasks=2, tensorboard=True)
+    train(tiny(5), tmp_path, resume=True, progress=False, eval_every=2, eval_tasks=2, tensorboard=True)
+    events, log = EventAccumulator(str(tmp_path / 'tensorboard')), read_log(tmp_path)
+    events.Reload()
+    for name in ('pre_return', 'post_return', 'entropy', 'explained_variance', 'clip_fraction', 'grad_norm'):
+        shown = [(e.step, e.value) for e in events.Scalars(name)]
+        assert [step for step, _ in shown] == [1, 2, 3, 4, 5]
+        np.testing.assert_allclose([value for _, value in shown], [line[name] for line in log], rtol=1e-6)
+    assert [e.step for e in events.Scalars('validation/post')] == [line['step'] + 1 for line in log if 'validation' in line]
+
+
+def test_without_tensorboard_the_training_does_not_begin(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', None)
+    with pytest.raises(ValueError, match=r"needs the package 'tensorboard', .*ssm-metarl\[tensorboard\]"): train(tiny(3), tmp_path / 'run', tensorboard=True)
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('name', ['maml', 'reptile', 'anil', 'meta-sgd', 'joint', 'rl2'])
+def test_metrics_of_a_step_by_hand(name):
+    learner = make_learner(tiny(1, name))
+    tasks = training.sample_tasks(learner.env, 2)
+    got, again = learner.outer_step(tasks), make_learner(tiny(1, name))
+    if isinstance(again, MetaMAML):
+        pairs, _ = again.collect_all(tasks)
+        first, query = pairs[0][0], pairs[-1][0]
+    else: first = query = Trajectories(**again.collect_some(tasks, 0)[0])
+    for key, traj in (('pre', first), ('post', query)):
+        returns = traj.returns.mean(1).numpy()
+        assert got[f'{key}_return'] == pytest.approx(returns.mean(), abs=1e-5) and got[f'{key}_spread'] == pytest.approx(returns.std(), abs=1e-5)
+    assert got['entropy'] == pytest.approx(-float(query.logp[query.mask].mean()), abs=1e-5)
+    assert 0 <= got['clip_fraction'] <= 1 and got['explained_variance'] <= 1
+    if again.config.outer_epochs == 1: assert got['clip_fraction'] == 0
+    if name != 'rl2':
+        gamma, rows = again.config.gamma, []
+        for m, k in np.ndindex(*query.mask.shape[:2]):
+            n, total = int(query.mask[m, k].sum()), 0.
+            for t in reversed(range(n)):
+                total = query.reward[m, k, t].item() + gamma * total
+                rows.append((total, query.value[m, k, t].item()))
+        wanted, said = np.array(rows).T
+        assert got['explained_variance'] == pytest.approx(1 - np.var(wanted - said) / np.var(wanted), abs=1e-3)
+
