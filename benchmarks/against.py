@@ -27,6 +27,10 @@ def rows_of(benchmark):
         for init in ('lru', 'real'):
             for source in (module.sequences, module.steps, module.through_a_step):
                 yield from ((name, ours) for name, ours, *_ in source('cpu', init))
+    elif benchmark == 'rollout':
+        for label, family in module.FAMILIES.items():
+            for M, K, width in ((8, 10, 64), (20, 10, 32), (20, 20, 64)):
+                yield f'{label}, {M} tasks x {K} trajectories, width {width}', module.rollouts(family, M, K, width, 'cpu')[0]
     else:
         for label, family, limit, N, *_ in module.cases(): yield f'{label} N={N}', environment(module, family, limit, N)
 
@@ -84,7 +88,7 @@ def compare(workers, repeats):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('commit', help='to compare with')
-    parser.add_argument('benchmark', choices=['ssm', 'envs', 'maml'])
+    parser.add_argument('benchmark', choices=['ssm', 'envs', 'maml', 'rollout'])
     parser.add_argument('--words', nargs='*', default=[], help='only rows whose name contains one of them')
     parser.add_argument('--repeats', type=int, default=15)
     parser.add_argument('--json', metavar='FILE')

@@ -17,6 +17,7 @@ from ssm_metarl.envs import EnvConfig, sample_tasks
 from ssm_metarl.policy import PolicyConfig, SSMMetaPolicy
 from ssm_metarl.rollout import collect
 
+SIZES = (8, 10, 64), (20, 10, 64), (20, 10, 32), (20, 20, 64), (40, 20, 64)  # tasks, trajectories, width
 FAMILIES = {'navigation': 'MetaGymToy-v0', 'cart-pole': 'MetaCartPole-v0'}
 
 
@@ -41,7 +42,7 @@ def main():
     wait = torch.cuda.synchronize if args.device.startswith('cuda') else lambda: None
     rows = []
     for label, family in FAMILIES.items():
-        for M, K, width in ((8, 10, 64), (20, 10, 64), (20, 10, 32), (20, 20, 64), (40, 20, 64)):
+        for M, K, width in SIZES:
             name = f'rollout of {label}, {M} tasks x {K} trajectories, width {width}'
             if args.words and not any(word in name for word in args.words): continue
             ours, peer = rollouts(family, M, K, width, args.device)
