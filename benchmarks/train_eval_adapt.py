@@ -19,7 +19,6 @@ from ssm_metarl.files import to_json
 from ssm_metarl.checkpoints import load_learner
 from ssm_metarl.training import provenance
 from ssm_metarl.experiments import parameter_counts, show_interval
-from ssm_metarl.cli import show
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -73,7 +72,7 @@ def main():
     for seed in args.seeds:
         a = rows[seed]['adapt']
         print(f'seed {seed}: trained in {rows[seed]["train"]["wall_s"]:.0f} s; return by step {[round(x, 2) for x in a["returns_by_step"]]}, gain {a["improvement"]:.1f} '
-              f'{show_interval(a["improvement_ci95"])} over tasks, normalised {show(a["normalised_gain"])}, hurt {a["hurt_rate"]:.2f}')
+              f'{show_interval(a["improvement_ci95"])} over tasks, normalised {a["normalised_gain"]:.3f}, hurt {a["hurt_rate"]:.2f}')
     if len(args.seeds) > 1: print(f'gain over {len(args.seeds)} seeds, with a t-interval: {over_seeds([rows[seed]["adapt"]["improvement"] for seed in args.seeds])}')
 
 
