@@ -157,7 +157,7 @@ def test_a_checkpoint_imports_nothing(chains, terminal, outside):
     for plugin in 'trap', 'trap.py', str(outside / 'trap.py'), 'this', 'trap; rm x.py':
         write_npz('odd.npz', header | dict(plugins=[plugin]), state)
         status, _, (line,) = terminal('eval', '--checkpoint', 'odd.npz')
-        assert status == 1 and f'needs the plug-in {plugin!r}, which is not loaded' in line
+        assert status == 1 and f'needs the plug-in {plugin!r}, which' in line and len(line) <= 320  # long names are cut
     assert "--plugin 'PATH/trap; rm x.py'" in line  # may be copied into a shell
     for wrong in None, 3, 'windy.py', {'windy.py': 1}, [3], [None], [['windy.py']], [''], ['x' * 300], ['x'] * 1000, True:
         write_npz('odd.npz', header | dict(plugins=wrong), state)
@@ -241,7 +241,7 @@ def test_an_installed_plugin_needs_no_flag(terminal, outside, monkeypatch):
     status, result, _ = terminal('eval', '--checkpoint', 'run/latest.npz', '--episodes', 2)
     assert status == 0 and np.isfinite(result['mean_return'])
     status, _, lines = terminal('train', '--plugin', 'windy.py', *TINY)  # two of the same name: the one that was named is refused
-    assert status == 2 and "'WindyNavigation-v0' is registered already, by windy_pack.worlds.WindyNavigation" in lines[-1]
+    assert status == 2 and "plugin='windy.py' cannot be loaded (windy.py, line 5: ValueError: family 'WindyNavigation-v0' is regist" in lines[-1]
 
 
 def test_before_the_library_was_imported(outside):
@@ -315,7 +315,7 @@ def test_the_worst_tasks_weigh_most(outside):
     for name in 'maml', 'worst-first':
         learner = LEARNERS.find(name)(policy, env, MetaConfig())
         (*support, (query, advantage)), _ = learner.collect_all(sample_tasks(env, 4))
-        losses[name], errors[name], _ = learner.outer_loss(support, query, advantage)
+        losses[name], errors[name], *_ = learner.outer_loss(support, query, advantage)
         params[name] = [v for k, v in learner.params.items() if not k.startswith('value.')]
     returns = query.returns.mean(1).numpy()
     weight = np.exp(-(returns - returns.mean()) / returns.std())
