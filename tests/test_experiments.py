@@ -34,7 +34,7 @@ def plugin(tmp_path):
     path.write_text(PLUGIN)
     load_plugin(path)
     yield path
-    EXPERIMENTS.remove('tiny', missing_ok=True), PLUGINS.pop(path.name), sys.modules.pop('plugin_tiny_plugin')
+    EXPERIMENTS.remove('tiny', missing_ok=True), sys.modules.pop(PLUGINS.pop(path.name).__name__)
 
 
 @pytest.fixture(scope='module')
@@ -43,7 +43,7 @@ def finished(tmp_path_factory):  # a folder with one finished run of the tiny ex
     (folder / 'tiny_plugin.py').write_text(PLUGIN)
     load_plugin(folder / 'tiny_plugin.py')
     run_experiment('tiny', folder / 'tiny', [0], ['SSM'], progress=False)
-    EXPERIMENTS.remove('tiny'), PLUGINS.pop('tiny_plugin.py'), sys.modules.pop('plugin_tiny_plugin')
+    EXPERIMENTS.remove('tiny'), sys.modules.pop(PLUGINS.pop('tiny_plugin.py').__name__)
     return folder / 'tiny'
 
 
