@@ -29,7 +29,7 @@ from .rollout import (Trajectories, discounted_sum,
 from .policy_gradient import (SURROGATES, advantages,
     gae, linear_baseline, policy_surrogate)
 from .registry import Registry
-from .files import plain_numbers
+from .files import check_counts, plain_numbers
 from .ranks import (gather_chunks, share, sum_gradients, task_chunks,
     total, unanimous)
 
@@ -93,12 +93,14 @@ class MetaConfig:
         sizes = 'inner_lr', 'outer_lr', 'step_size_lr', 'clip', 'max_kl', 'max_grad_norm'
         shares = 'gamma', 'gae_lambda', 'entropy_fade'
         _require(self, lambda v: v >= 1, 'a positive integer', *counts)
+        check_counts(self, *counts)  # none is too large
         _require(self, lambda v: v <= MAX_TASKS, f'at most {MAX_TASKS:,}', 'tasks_per_batch')
         _require(self, lambda v: 0 < v < inf, 'positive and finite', *sizes)
         _require(self, lambda v: 0 <= v <= 1, 'between 0 and 1', *shares)
         weights = 'entropy_coef', 'inner_kl'
         _require(self, lambda v: 0 <= v < inf, 'finite and at least 0', *weights)
         _require(self, lambda v: v >= 0, 'an integer of at least 0', 'tasks_per_chunk')
+        check_counts(self, 'tasks_per_chunk', least=0)
 
     def _check_combinations(self):
         if self.compile and self.entropy_fade:

@@ -21,7 +21,7 @@ from .adapter import AdaptationConfig, Adapter, MetaRLHook, create_adapter, make
 from .envs import EnvConfig
 from .evaluation import (compare, evaluation_trajectories, reference_returns,
                                    reference_row)
-from .files import check_fields, plain_numbers
+from .files import check_counts, check_fields, plain_numbers
 from .inner_loop import stack
 from .meta_learner import MetaConfig
 from .monitors import per_task
@@ -80,6 +80,7 @@ class AdaptConfig:
         if self.online_interval < 2:
             raise ValueError(f'online_interval={self.online_interval} is too short; '
                              'an update needs 2 environment steps or more')
+        check_counts(self, 'steps', 'trajectories', 'online_interval', least=0)
 
     def _refuse_unless_default(self, name, because):
         value, usual = getattr(self, name), getattr(type(self), name)
