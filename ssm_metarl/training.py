@@ -236,7 +236,7 @@ class Run:
         self.config, self.folder, self.schedule = config, Path(folder), schedule
         start = newest_checkpoint(folder) if resume else None
         state = None if start is None else resume_state(start, config)
-        self.learner = make_learner(config, state, device)
+        self.learner = make_learner(config, state, device, start)
         check_adaptation(config.learner, self.learner.inner_lr, config.adapt)  # now, not later
         self.history = [] if state is None else log_until(folder, self.learner.step)
         self.state = self.learner.state_dict()  # after the last whole step
