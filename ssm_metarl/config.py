@@ -88,7 +88,7 @@ def _basic():
 # %% ../nbs/08_config.ipynb #08c10016
 @register_config('nav2d')
 def _nav2d():
-    "Point navigation with MAML, tasks as in Finn et al. (2017)."
+    "MAML on the point navigation of Finn et al. (2017)."
     meta = MetaConfig(outer_steps=200, tasks_per_batch=20, inner_steps=1, inner_lr=0.1,
                       outer_lr_decay=True)
     return ExperimentConfig(seed=42, env_name='MetaGymToy-v0', num_envs=20, time_limit=100,

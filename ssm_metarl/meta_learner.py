@@ -93,8 +93,8 @@ class MetaConfig:
         sizes = 'inner_lr', 'outer_lr', 'step_size_lr', 'clip', 'max_kl', 'max_grad_norm'
         shares = 'gamma', 'gae_lambda', 'entropy_fade'
         _require(self, lambda v: v >= 1, 'a positive integer', *counts)
-        check_counts(self, *counts)  # none is too large
         _require(self, lambda v: v <= MAX_TASKS, f'at most {MAX_TASKS:,}', 'tasks_per_batch')
+        check_counts(self, *counts)  # none is too large
         _require(self, lambda v: 0 < v < inf, 'positive and finite', *sizes)
         _require(self, lambda v: 0 <= v <= 1, 'between 0 and 1', *shares)
         weights = 'entropy_coef', 'inner_kl'
