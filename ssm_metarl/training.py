@@ -27,10 +27,10 @@ import torch
 import ssm_metarl
 from .checkpoints import CheckpointError, load_checkpoint, make_learner, save_checkpoint
 from .config import ExperimentConfig
-from .envs import sample_tasks
+from .envs import MAX_TASKS, sample_tasks
 from .evaluation import bootstrap_interval
-from .files import (append_line, folder_lock, read_lines, to_json, writable_folder,
-                              write_text_whole)
+from .files import (COUNT_LIMIT, append_line, folder_lock, read_lines, to_json,
+                              writable_folder, write_text_whole)
 from .meta_learner import MetaLearner
 from .policy_adaptation import AdaptConfig, adapt_policy, check_adaptation
 from .ranks import agree, joined, rank, require_same, unanimous
@@ -113,8 +113,10 @@ class Schedule:
     def __post_init__(self):
         for f in fields(self):
             value, least = getattr(self, f.name), int(f.name == 'eval_tasks')
-            if f.type is int and (type(value) is not int or not least <= value < 2**31):
-                raise ValueError(f'{f.name}={value!r:.40} is not an integer of at least {least}')
+            most = MAX_TASKS if least else COUNT_LIMIT - 1
+            if f.type is int and (type(value) is not int or not least <= value <= most):
+                raise ValueError(f'{f.name}={value!r:.40} is not an integer from {least} to '
+                                 f'{most:,}')
         if self.patience and not self.eval_every:
             raise ValueError(f'patience={self.patience} is not used with eval_every=0')
         if self.eval_tasks != Schedule.eval_tasks and not self.eval_every:
