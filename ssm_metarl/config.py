@@ -71,7 +71,7 @@ def register_config(
     def decorate(make):
         config = make()
         if not isinstance(config, ExperimentConfig):
-            raise TypeError(f'{make.__qualname__} returns {config!r:.80}, which is no '
+            raise TypeError(f'{make.__qualname__} returns {config!r:.80}, not an '
                             'ExperimentConfig')
         CONFIGS.add(name, config, make)
         return make
@@ -163,7 +163,8 @@ def config_from_dict(
     """A config with some values replaced. Raises ValueError for a field that is unknown, or
     missing, or that holds a value of the wrong type."""
     cls, kinds = type(base), typing.get_type_hints(type(base))
-    if not isinstance(data, dict): raise ValueError(f'{cls.__name__}={data!r:.80} is no table')
+    if not isinstance(data, dict):
+        raise ValueError(f'{cls.__name__} must be a table, not {data!r:.80}')
     if unknown := sorted(map(str, set(data) - set(kinds))):
         raise ValueError(f'{cls.__name__} has no field {", ".join(unknown)}; '
                          f'it has {", ".join(kinds)}')

@@ -80,7 +80,8 @@ def register_experiment(
     """Add an experiment to the registry. Raises TypeError if the function returns something else,
     ValueError for a name that is taken."""
     if not isinstance(name, str):
-        raise TypeError(f"name={name!r:.80} is no text; write @register_experiment('a name')")
+        raise TypeError(f'name must be text, not {name!r:.80}; '
+                        "write @register_experiment('a name')")
     def decorate(make):
         experiment = make()
         if not isinstance(experiment, Experiment):

@@ -441,7 +441,7 @@ def folder_lock(
     except (OSError, NotImplementedError) as error: raise OSError(
         f'{_shown(folder)} cannot be locked ({error}); name another folder (--ckpt-dir)') from None
     try: yield
-    finally:
+    finally:  # deleting a lock is safe with filelock >= 3.24, which looks whether it is still there
         with suppress(OSError): os.unlink(lock.lock_file)  # where an open file can be deleted
         lock.release()
 

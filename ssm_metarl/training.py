@@ -33,7 +33,7 @@ from .files import (COUNT_LIMIT, append_line, folder_lock, read_lines, to_json,
                               writable_folder, write_text_whole)
 from .meta_learner import MetaLearner
 from .policy_adaptation import AdaptConfig, adapt_policy, check_adaptation
-from .ranks import agree, joined, rank, require_same, unanimous
+from .ranks import agree, by_shares, joined, rank, require_same, unanimous
 from .stops import Stopped, Stops
 
 # %% ../nbs/08b_training.ipynb #08b10011
@@ -88,14 +88,20 @@ def validate(
     config: ExperimentConfig, # of the run
     tasks: int = 10, # validation tasks
 ) -> dict: # pre, post: mean returns before and after adaptation, with intervals; {}: no such tasks
-    "How a learner does on validation tasks."
+    """How a learner does on validation tasks. Of several processes each plays its share, and all
+    get all results. Raises PeerError if another one fails."""
     env = replace(config.env, seed=config.env.seed + 1_000_000)  # other tasks than in tests
     if 'validation' not in env.tasks.splits: return {}
     params = {k: v.detach() for k, v in learner.params.items()}
     adapt = replace(config.adapt, online=False, online_interval=AdaptConfig.online_interval)
-    result = adapt_policy(learner.policy, params, sample_tasks(env, tasks, 'validation'), env,
-                          config.meta, adapt, inner_lr=learner.inner_lr)
-    pre, post = result.returns_by_step[0], result.returns_by_step[-1]
+
+    def returns(some, first):  # of a share of the tasks, before and after adaptation, [m, 2]
+        result = adapt_policy(learner.policy, params, some, env, config.meta, adapt,
+                              inner_lr=learner.inner_lr, start=first)
+        return torch.from_numpy(result.returns_by_step[[0, -1]].T)
+
+    with unanimous():
+        pre, post = by_shares(returns, sample_tasks(env, tasks, 'validation')).numpy().T
     intervals = {f'{k}_ci95': list(bootstrap_interval(v)) if len(v) > 1 else None
                  for k, v in (('pre', pre), ('post', post))}
     return dict(pre=float(pre.mean()), post=float(post.mean())) | intervals | dict(tasks=tasks)
