@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['ADAPTABLE', 'STRATEGIES', 'AdaptationConfig', 'obstacle', 'select_parameters', 'AdaptationStrategy',
-           'register_adaptation_strategy', 'make_strategy', 'NoStrategy', 'batch_statistics', 'Tent', 'Weights',
-           'preserved', 'gradients', 'requires_grad', 'borrowed', 'GuardedLearner', 'Adapter', 'create_adapter',
-           'SSMHook', 'MetaRLHook', 'Memory']
+           'register_adaptation_strategy', 'make_strategy', 'NoStrategy', 'strategy_selection', 'Weights', 'preserved',
+           'gradients', 'requires_grad', 'borrowed', 'GuardedLearner', 'Adapter', 'create_adapter', 'SSMHook',
+           'MetaRLHook', 'Memory']
 
 # %% ../nbs/05_adapter.ipynb #050003
 import hashlib
 import json
 import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from operator import attrgetter
 
@@ -47,6 +48,7 @@ class AdaptationConfig:
     lr: float = 1e-3 # step size
     optimizer: str | Callable = 'adam' # name of a torch.optim class, or function: list of tensors -> optimiser (element by element)
     steps: int = 1 # steps per call of `adapt`
+    reset_every: int | None = None # calls of `adapt` after which the source comes back; None: off
     entropy_weight: float = 0.0 # weight of the entropy beside a loss, for 'tent'
     min_log_std: float = -2.5 # floor of log sigma in the entropy of a Gaussian; below it there is nothing to gain
     max_grad_norm: float | None = 1.0 # clip each task's gradient to this joint norm; None: off
@@ -56,9 +58,9 @@ class AdaptationConfig:
     radius_per_tensor: bool = False # a ball for each selected parameter instead of one for all of them
     ema_decay: float | None = None # keep a moving average of the parameters with this decay; None: off
     ema_anchor: bool = False # also stay within the radius of that average
-    include: tuple = ('*',) # names of parameters to adapt
+    include: tuple = () # names of parameters to adapt; '*' for all; (): what the strategy selects
     exclude: tuple = () # names of parameters not to adapt
-    modules: tuple = ('*',) # names of module classes whose parameters to adapt; ('*Norm*',) for norm layers
+    modules: tuple = () # names of module classes whose parameters to adapt: '*Norm*'; (): as above
     trainable_only: bool = True # leave parameters alone that have requires_grad=False, now or later
     mode: str = 'episodic' # leaving the context: 'episodic' restores everything, 'continual' keeps the weights
     monitor_decay: float = 0.95 # decay of the monitors' moving statistics, per observed batch
@@ -81,7 +83,9 @@ class AdaptationConfig:
             self._check_number(name, lambda x: 0 < x <= largest, 'a positive number', off=True)
         for name in ('ema_decay', 'monitor_decay'):
             self._check_number(name, lambda x: 0 <= x < 1, 'in [0, 1)', off=name == 'ema_decay')
-        self._check_number('steps', lambda x: isinstance(x, int) and x > 0, 'a positive integer')
+        for name in ('steps', 'reset_every'):
+            self._check_number(name, lambda x: isinstance(x, int) and x > 0, 'a positive integer',
+                               off=name == 'reset_every')
         for name, fits, needed in (('entropy_weight', lambda x: 0 <= x <= _LARGEST, 'a number >= 0, up to'),
                                    ('min_log_std', lambda x: abs(x) <= _LARGEST, 'a number of a size up to')):
             self._check_number(name, fits, f'{needed} {_LARGEST:g}')
@@ -148,12 +152,13 @@ def select_parameters(
     tensors, named = (dict(target.named_parameters()), dict(target.named_parameters(remove_duplicate=False))) if module else (target, target)
     aliases = {k: [name for name, other in named.items() if other is v] for k, v in tensors.items()}  # a tied parameter has several
     classes = {k: type(target.get_submodule(k.rpartition('.')[0])).__name__ for k in tensors} if module else dict.fromkeys(tensors, '')
-    for field, known in (('include', named), ('exclude', named), ('modules', classes.values())):
-        for pattern in getattr(config, field):
+    include, modules = config.include or ('*',), config.modules or ('*',)
+    for field, known, patterns in (('include', named, include), ('exclude', named, config.exclude), ('modules', classes.values(), modules)):
+        for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in known):
                 raise ValueError(f'{field}: {pattern!r} matches nothing; there are {", ".join(dict.fromkeys(known)) or "no parameters"}')
     match = lambda names, patterns: any(fnmatchcase(name, p) for name in names for p in patterns)
-    names = [k for k, v in tensors.items() if match(aliases[k], config.include) and not match(aliases[k], config.exclude) and match([classes[k]], config.modules)
+    names = [k for k, v in tensors.items() if match(aliases[k], include) and not match(aliases[k], config.exclude) and match([classes[k]], modules)
              and (v.requires_grad or not module or not config.trainable_only)]
     if not names: raise ValueError('no parameter is left to adapt; widen include or modules, narrow exclude, or set trainable_only=False for a frozen model')
     for k in names:
@@ -162,16 +167,37 @@ def select_parameters(
 
 # %% ../nbs/05_adapter.ipynb #050015
 class AdaptationStrategy:
-    "What to add to the loss; subclasses say so. `self.adapter` is the adapter that uses it."
+    """How to learn at test time. Each method is a hook with a default; a subclass says what differs.
+
+    Made: `configure`. With source data: `fit_source`. Each call of `adapt`, inside `context`: first
+    `learn`, then for each step `step`, which calls `own_loss` (or `post_loss`, if the caller has a
+    loss), the guarded step, and `after_step`. Each call of `predict`, inside `context`: `predict`.
+
+    The adapter sets three attributes: `adapter`, itself; `source`, a dict for what `fit_source`
+    found; `memory`, a dict for what was learned since. Both hold tensors and are saved with the
+    adapter's state. A reset empties the rows of `memory`, and an episode gives it back.
+    """
+    selection = {} # patterns used where the config has none: include (of a stack), modules (else)
+    anchored = False # does the loss need `self.adapter.anchor`, what the source says to the batch?
 
     def configure(self,
                   adapter): # Adapter, complete
         "Check, when the adapter is made, that the strategy can work."
 
+    def fit_source(self,
+                   batches, # of source data, as for `adapt`: an iterable
+                   fwd_fn: Callable = None): # as for `adapt`
+        "Learn from source data what is needed later, into `self.source`; call it before adapting."
+
     def context(self,
                 model: nn.Module): # in use
-        "Context manager for settings of the model that adaptation needs."
+        "Context manager for settings of the model that adaptation and prediction need."
         return nullcontext()
+
+    def learn(self,
+              batch, # of the caller
+              forward: Callable): # batch -> outputs
+        "Learn from a batch without a gradient, into `self.memory`."
 
     def post_loss(self,
                   loss: Tensor, # of the caller; [M] for a stack, else a scalar
@@ -188,22 +214,54 @@ class AdaptationStrategy:
         "What is minimised when the caller has no loss: what the strategy adds to 0."
         return self.post_loss(self.adapter.zero_loss(), outputs, batch)
 
+    def step(self,
+             gradient: Callable, # () -> loss [M], gradients name -> [M, ...], at the weights of now
+            ) -> tuple: # loss [M], gradients for the optimiser, bool [M] (None: all): who shall step
+        "How the gradient is computed; the weights must be the same afterwards."
+        return *gradient(), None
+
+    def after_step(self,
+                   report: dict): # name -> [M]: loss, grad_norm, step_norm, steps (0 or 1), ...
+        "After a guarded step: `self.adapter.restart(who)` gives tasks the source back, for example."
+
+    def predict(self,
+                batch, # of the caller
+                forward: Callable, # batch -> outputs
+               ): # outputs
+        "Outputs after adaptation."
+        return forward(batch)
+
+    def forget(self,
+               who: Tensor): # bool [M]
+        "These tasks have the source again: rows of `memory` become nan, which means unknown."
+        self.memory = {k: v.masked_fill(per_task(who, v), torch.nan) for k, v in self.memory.items()}
+
     @property
     def has_loss(self) -> bool:
         "Is there anything to minimise without a loss of the caller?"
-        return (type(self).post_loss, type(self).own_loss) != (AdaptationStrategy.post_loss, AdaptationStrategy.own_loss)
+        base, own = AdaptationStrategy, type(self)
+        return (own.post_loss, own.own_loss) != (base.post_loss, base.own_loss)
 
+    @property
+    def learns(self) -> bool:
+        "Is there anything to learn without a gradient?"
+        return type(self).learn is not AdaptationStrategy.learn
 
-STRATEGIES = Registry('strategy', 'strategy', 'register_adaptation_strategy', AdaptationStrategy)
+# %% ../nbs/05_adapter.ipynb #52f9e40c
+STRATEGIES = Registry(
+    'strategy', 'strategy', 'register_adaptation_strategy', AdaptationStrategy,
+    dict(none='adapter') | dict.fromkeys(
+        ('norm', 'tent', 't3a', 'eata', 'sar', 'ttt', 'kl_anchor'), 'strategies'))
 
 
 def register_adaptation_strategy(
     name: str, # for `create_adapter`
 ): # class decorator
-    "Make an `AdaptationStrategy` known by name; the same class, defined again, takes its own place. Raises ValueError if another class has the name, TypeError for another kind of class."
+    """Make an `AdaptationStrategy` known by name; the same class, defined again, takes its own place.
+    Raises ValueError if another class has the name, TypeError for another kind of class."""
     return STRATEGIES.register(name)
 
-
+# %% ../nbs/05_adapter.ipynb #132d7e4f
 def make_strategy(
     name: str | AdaptationStrategy, # registered, or a strategy itself
 ) -> AdaptationStrategy:
@@ -211,48 +269,29 @@ def make_strategy(
     if isinstance(name, AdaptationStrategy): return name
     return STRATEGIES.find(name)()
 
-
+# %% ../nbs/05_adapter.ipynb #58e3bbca
 @register_adaptation_strategy('none')
 class NoStrategy(AdaptationStrategy):
-    "Adds nothing: the guarded step goes downhill on the caller's loss; without a loss, nothing happens at all."
+    """Adds nothing: the guarded step goes downhill on the caller's loss; without a loss, nothing
+    happens at all."""
 
-# %% ../nbs/05_adapter.ipynb #050020
-def _choose_statistics(norm, args, kwargs):  # forward pre-hook of a batch norm layer
-    x = next(iter((*args, *kwargs.values())))
-    norm.training = x.numel() > x.shape[1]  # more than one value per channel
-
-
-@contextmanager
-def batch_statistics(
-    model: nn.Module, # with or without batch norm layers
-):
-    "Batch norm with the statistics of the batch (Nado et al., 2020), or the stored ones where a batch has a single value; nothing is stored."
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    before = [(m, m.training, m.track_running_stats, m.register_forward_pre_hook(_choose_statistics, with_kwargs=True)) for m in norms]
-    try:
-        for m in norms: m.training, m.track_running_stats = True, False
-        yield
-    finally:
-        for m, training, tracking, hook in before:
-            hook.remove()
-            m.training, m.track_running_stats = training, tracking
-
-
-@register_adaptation_strategy('tent')
-class Tent(AdaptationStrategy):
-    "Entropy minimisation (Wang, Shelhamer, Liu, Olshausen & Darrell, ICLR 2021); set modules=('*Norm*',) for the selection of the paper."
-
-    def context(self, model): return batch_statistics(model)
-
-    def own_loss(self, outputs, batch):
-        outputs = predictions(outputs)
-        if not is_categorical(outputs):
-            floor = self.adapter.config.min_log_std
-            outputs = dict(mean=outputs['mean'], log_std=outputs['log_std'].clamp(min=floor))
-        return self.adapter.task_mean(entropy(outputs), batch)
-
-    def post_loss(self, loss, outputs, batch):
-        return loss + self.adapter.config.entropy_weight * self.own_loss(outputs, batch)
+# %% ../nbs/05_adapter.ipynb #c30a46f4
+def strategy_selection(
+    target, # nn.Module, or dict name -> [M, ...]
+    config: AdaptationConfig, # of the caller
+    selection: dict, # of the strategy: 'include' patterns for a stack, 'modules' for a module
+) -> AdaptationConfig: # with the strategy's patterns where the caller gave none
+    "Whose parameters? A warning says so if the model has none of what the strategy selects."
+    field = 'modules' if isinstance(target, nn.Module) else 'include'
+    if config.include or config.modules or not selection: return config
+    chosen = replace(config, **{field: selection[field]})
+    try: select_parameters(target, chosen)
+    except ValueError:
+        warnings.warn(f'the model has no parameters in {", ".join(selection[field])} to adapt, which '
+                      f"this strategy selects; all are adapted (include='*' says so silently)",
+                      stacklevel=4)
+        return config
+    return chosen
 
 # %% ../nbs/05_adapter.ipynb #050023
 def _place(tensor): return 'gone' if tensor is None else f'{described(tensor)} on {tensor.device}'
@@ -264,7 +303,8 @@ class Weights:
     def __init__(self,
                  target, # nn.Module, or dict name -> [M, ...]
                  config: AdaptationConfig, # what to select
-                 stacked: bool): # is it the dict?
+                 stacked: bool, # is it the dict?
+                 selection: dict = {}): # of the strategy, see `strategy_selection`
         kind = Mapping if stacked else nn.Module
         if not isinstance(target, kind):
             raise TypeError(f'a {type(target).__name__} was given with stacked={stacked}; give an nn.Module, or a dict of tensors [M, ...] with stacked=True')
@@ -273,7 +313,8 @@ class Weights:
         if stacked and (len(set(tasks.values())) != 1 or 0 in tasks.values()):
             raise ValueError(f'the first dimension of each tensor must be the number of tasks; they are {tasks}')
         self.target = {k: v.detach().clone() for k, v in target.items()} if stacked else target
-        self.stacked, self.selected = stacked, select_parameters(self.target, config)
+        self.stacked = stacked
+        self.selected = select_parameters(self.target, strategy_selection(self.target, config, selection))
         self.buffers = () if stacked else tuple(dict(target.named_buffers()))
         for k in self.tensors:
             if '/' in k: raise ValueError(f"the name {k!r} contains '/', which separates names in saved files; rename it")
@@ -499,6 +540,14 @@ class GuardedLearner:
         self.optimizer, self.average = state.optimizer, state.average
         self.changed(who)
 
+    def restart(self,
+                who: Tensor): # bool [M]
+        "These tasks begin anew at the source."
+        blank = blank_state(self.config.make_optimizer, self.start)
+        average = None if self.config.ema_decay is None else self.centre
+        start = TaskState(self.start, blank, average)
+        self.put(start.where(who.to(self.centre.device), self.state()), who)
+
     def drift(self) -> Tensor: # [M]
         "Distance from the source, measured."
         return vector_norm(flatten(self.weights.rows()) - self.centre, dim=1)
@@ -519,6 +568,7 @@ class GuardedLearner:
              scale: Tensor = None, # how much of its step each task takes, in [0, 1], [M]; None: all of it
              wanted: Tensor = None, # bool [M]: who may step at all; None: all
              frozen: tuple = (), # names of selected parameters that stay where they are
+             usable: Tensor = None, # bool [M]: whose gradient is worth a step; None: all
             ) -> tuple: # measured, counted: name -> [M]
         "A transaction: each task takes a step that keeps all promises, or none."
         c, old = self.config, self.state()
@@ -528,6 +578,7 @@ class GuardedLearner:
         grads, grad_norm = clip_gradient(grads, c.max_grad_norm)
         wanted = torch.ones_like(loss, dtype=torch.bool) if wanted is None else wanted.to(loss.device)
         live = wanted & loss.isfinite() & grad_norm.isfinite()
+        if usable is not None: live &= usable.to(loss.device)
         params, optimizer = optimizer_step(c.make_optimizer, old.params, grads, old.optimizer, live)
         if scale is not None: params = {k: torch.lerp(old.params[k], v, per_task(scale, v).to(v.dtype)) for k, v in params.items()}
         promise |= dict(max_step=c.max_step)
@@ -538,7 +589,7 @@ class GuardedLearner:
         self.put(TaskState(params, optimizer, average).where(done, old), done.cpu())
         rows = rows if done.all() else torch.where(done.unsqueeze(1), rows, start)
         self._drift, clipped = vector_norm(rows - self.centre, dim=1), grad_norm > (torch.inf if c.max_grad_norm is None else c.max_grad_norm)
-        flags = dict(steps=done, clipped=clipped & done, bounded=bounded & done, projected=projected & done, skipped=wanted & ~done, gated=~wanted)
+        flags = dict(steps=done, clipped=clipped & done, bounded=bounded & done, projected=projected & done, shortened=torch.zeros_like(done), skipped=wanted & ~done, gated=~wanted)
         return dict(loss=loss, grad_norm=grad_norm, step_norm=vector_norm(rows - start, dim=1)), {k: v.long().cpu() for k, v in flags.items()}
 
 # %% ../nbs/05_adapter.ipynb #050029
@@ -568,13 +619,13 @@ def _digest(state):  # of all names, types, shapes and numbers
     return torch.tensor(list(text.digest()), dtype=torch.uint8, device='cpu')
 
 
-_COUNTED = ('steps', 'clipped', 'bounded', 'projected', 'skipped', 'gated', 'restored')
+_COUNTED = ('steps', 'clipped', 'bounded', 'projected', 'shortened', 'skipped', 'gated', 'restarted', 'restored')
 
 
 class Adapter:
     "Bounded gradient steps at test time on one module, or on stacked parameters of M tasks."
 
-    format, format_version = 'ssm_metarl.Adapter', 3
+    format, format_version = 'ssm_metarl.Adapter', 4
 
     @torch.inference_mode(False)
     def __init__(self,
@@ -585,17 +636,19 @@ class Adapter:
         if not isinstance(config, AdaptationConfig):
             raise TypeError(f'config is {described(config)}; give an AdaptationConfig')
         self.target, self.config, self.stacked, self._depth = target, config, stacked, 0
-        self.weights, self.strategy = Weights(target, config, stacked), make_strategy(strategy)
+        self.strategy = make_strategy(strategy)
+        self.weights = Weights(target, config, stacked, self.strategy.selection)
         self.learner, self.monitors = GuardedLearner(self.weights, config), Monitors(config.monitor_decay, stacked)
         self._forget()
         if getattr(self.strategy, 'adapter', self) is not self: raise ValueError(f'this {type(self.strategy).__name__} serves another adapter already; make a new one for each')
-        self.strategy.adapter = self
+        self.strategy.adapter, self.strategy.source, self.strategy.memory = self, {}, {}
         self.strategy.configure(self)
 
     def _forget(self):
         M, self.best = self.weights.num_tasks, TaskState(self.learner.start, self.learner.optimizer, self.learner.average)
         self.best_return = torch.full((M,), -torch.inf, dtype=torch.float64, device='cpu')
         self.last_return, self.counters = None, {k: self._zeros(torch.long) for k in _COUNTED}
+        self.age = self._zeros(torch.long)  # calls of `adapt` since the source, [M]
 
     def _zeros(self, dtype=None):
         return torch.zeros(self.weights.num_tasks, dtype=dtype, device='cpu')
@@ -629,6 +682,20 @@ class Adapter:
         with self._borrow():
             self.weights.put(self.learner.source)
             self.learner.begin(), self.monitors.forget(), self._forget()
+            self.strategy.forget(torch.ones(self.weights.num_tasks, dtype=torch.bool))
+
+    @torch.inference_mode(False)
+    def restart(self,
+                who): # bool [M], or a bool: which tasks
+        "Give tasks the source back, with a new optimiser; counters, monitors and best weights stay."
+        who = torch.as_tensor(who).cpu().reshape(-1).expand(self.weights.num_tasks)
+        if not who.any(): return
+        with self._borrow():
+            self.learner.restart(who)
+            if not self.stacked: self.weights.put({k: self.learner.source[k] for k in self.weights.buffers})
+        self.strategy.forget(who)
+        self.age = self.age.masked_fill(who, 0)
+        self.counters['restarted'] = self.counters['restarted'] + who
 
     @contextmanager
     def context(self,
@@ -651,15 +718,15 @@ class Adapter:
             yield exits
 
     def _remember(self, exits):  # what an episodic context gives back: first the weights, then the rest
-        learned = (self.learner.optimizer, self.learner.average,
-                   self.best, self.best_return, self.last_return)
+        learned = (self.learner.optimizer, self.learner.average, self.best, self.best_return,
+                   self.last_return, self.age, self.strategy.memory)
         exits.enter_context(gradients(list(self.params.values())))
         exits.callback(self._forget_episode, learned, self.monitors.state())
         exits.callback(self.weights.put, self.weights.values())
 
     def _forget_episode(self, learned, seen):
-        (self.learner.optimizer, self.learner.average,
-         self.best, self.best_return, self.last_return) = learned
+        (self.learner.optimizer, self.learner.average, self.best, self.best_return,
+         self.last_return, self.age, self.strategy.memory) = learned
         if self.monitors.features.source is seen['source']: self.monitors.put(seen)
         else: self.monitors.forget()  # calibrated in here: that stays
         self.learner.changed()
@@ -689,22 +756,26 @@ class Adapter:
               scale=None, # how much of the optimiser's step to take, in [0, 1]: a number, for a stack [M]; None: all of it
              ) -> dict: # loss, grad_norm, step_norm of the last step; how many steps, clipped, bounded, projected, skipped, gated; drift
         "Take `config.steps` guarded steps, also under no_grad. Raises ValueError for a loss of the wrong shape or without gradient, a scale outside [0, 1], or a gate without calibrated alarm."
-        if loss_fn is None and not self.strategy.has_loss: return self._idle()
+        alone = loss_fn is None and not self.strategy.has_loss
+        if alone and not self.strategy.learns: return self._idle()
         if loss_fn is not None and not callable(loss_fn):
             raise ValueError(f'loss_fn is {described(loss_fn)}; '
                              'give a function (outputs, batch) -> loss, and the batch after it')
         wanted = self._gate()
         if wanted is not None and not wanted.any(): return self._idle(self.config.steps)
         scale = self._scale(scale)
-        info = {k: torch.zeros_like(v) for k, v in self.counters.items() if k != 'restored'}
+        self._come_of_age(wanted)
+        self._learn(batch, fwd_fn)
+        if alone: return self._idle()
+        info = {k: torch.zeros_like(v) for k, v in self.counters.items() if k not in ('restored', 'restarted')}
         with self._settings(), torch.inference_mode(False), torch.enable_grad():
             frozen = self._frozen()
             for p in self.weights.chosen.values() if not frozen else (): p.requires_grad_(True)
             for _ in range(self.config.steps):
                 buffers = self.weights.values(self.weights.buffers) if self.weights.buffers else {}
                 try:
-                    loss, grads = self._gradients(loss_fn, batch, fwd_fn, frozen)
-                    measured, counted = self.learner.step(loss, grads, scale, wanted, frozen)
+                    loss, grads, usable = self.strategy.step(lambda: self._gradients(loss_fn, batch, fwd_fn, frozen))
+                    measured, counted = self.learner.step(loss, grads, scale, wanted, frozen, usable)
                 except BaseException as error:
                     self.weights.put(buffers)
                     if 'Inference tensors cannot be saved' not in str(error): raise
@@ -712,7 +783,38 @@ class Adapter:
                 if buffers and counted['skipped'].any(): self.weights.put(buffers)  # a refused batch leaves no trace
                 info |= measured | {k: info[k] + v for k, v in counted.items()}
                 for k, v in counted.items(): self.counters[k] = self.counters[k] + v
+                self.strategy.after_step(measured | counted)
         return {k: self._report(v) for k, v in (info | dict(drift=self.learner.last_drift())).items()}
+
+    def _come_of_age(self, wanted):  # of those who adapt now: the source comes back after a while
+        who = torch.ones_like(self.age, dtype=torch.bool) if wanted is None else wanted.cpu()
+        if self.config.reset_every: self.restart(who & (self.age >= self.config.reset_every))
+        self.age = self.age + who
+
+    def _learn(self, batch, fwd_fn):
+        if not self.strategy.learns: return
+        with self._settings(), torch.no_grad():
+            self.strategy.learn(batch, lambda b: self._outputs(b, fwd_fn))
+
+    def predict(self,
+                batch, # for the model
+                fwd_fn: Callable = None, # as for `adapt`
+               ): # outputs
+        "Outputs of the adapted model, as the strategy predicts; before the gate opens, of the source."
+        wanted = self._gate()
+        if wanted is not None and not wanted.any() and not self.learner.last_drift().any():
+            with torch.no_grad(): return self._outputs(batch, fwd_fn)
+        with self._settings(), torch.no_grad():
+            return self.strategy.predict(batch, lambda b: self._outputs(b, fwd_fn))
+
+    def gradient(self,
+                 loss_fn: Callable, # (outputs, batch) -> a number, for a stack [M]
+                 batch, # for both functions
+                 fwd_fn: Callable = None, # as for `adapt`
+                ) -> tuple: # loss [M], gradients name -> [M, ...] of the selected parameters
+        "The gradient of any loss, without a step, for `fit_source` and the like."
+        with self._settings(), torch.inference_mode(False), torch.enable_grad():
+            return self._gradients(loss_fn, batch, fwd_fn, self._frozen(), alone=True)
 
     def _scale(self, scale):  # float64 [M], or None
         if scale is None: return None
@@ -736,7 +838,7 @@ class Adapter:
     def _idle(self, gated=0):  # a report without a step
         if gated: self.counters['gated'] = self.counters['gated'] + gated
         zero, whole = (self._zeros(), self._zeros(torch.long)) if self.stacked else (0., 0)
-        return dict.fromkeys(('loss', 'grad_norm', 'step_norm'), zero) | dict.fromkeys(('steps', 'clipped', 'bounded', 'projected', 'skipped'), whole) | dict(gated=whole + gated, drift=self._report(self.learner.last_drift()))
+        return dict.fromkeys(('loss', 'grad_norm', 'step_norm'), zero) | dict.fromkeys(('steps', 'clipped', 'bounded', 'projected', 'shortened', 'skipped'), whole) | dict(gated=whole + gated, drift=self._report(self.learner.last_drift()))
 
     def _outputs(self, batch, fwd_fn):
         if fwd_fn is not None: return fwd_fn(batch)
@@ -748,9 +850,12 @@ class Adapter:
                            'if that is wrong, give fwd_fn, a function batch -> outputs')
             raise
 
-    def _gradients(self, loss_fn, batch, fwd_fn, frozen=()):  # loss [M], gradients name -> [M, ...]
+    def _gradients(self, loss_fn, batch, fwd_fn, frozen=(), alone=False):  # loss [M], gradients name -> [M, ...]
         outputs = self._outputs(batch, fwd_fn)
-        loss = self.strategy.own_loss(outputs, batch) if loss_fn is None else self.strategy.post_loss(loss_fn(outputs, batch), outputs, batch)
+        if loss_fn is None: loss = self.strategy.own_loss(outputs, batch)
+        else:
+            loss = loss_fn(outputs, batch)
+            if not alone: loss = self.strategy.post_loss(loss, outputs, batch)
         M, names = self.weights.num_tasks, [k for k in self.weights.selected if k not in frozen]
         if not isinstance(loss, Tensor) or loss.numel() != M or self.stacked and loss.dim() != 1:
             raise ValueError(f'the loss is {f"of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)}; it must be {f"[{M}], one number per task" if self.stacked else "a single number"}')
@@ -822,6 +927,8 @@ class Adapter:
     def _settings_text(self):  # JSON; the optimiser as it is made, since a function does not say what it does
         optimizer = self.config.make_optimizer([nn.Parameter(torch.zeros(1, device='cpu'))])
         settings = vars(self.config) | dict(optimizer=type(optimizer).__name__, strategy=type(self.strategy).__name__)
+        plain = {k: v for k, v in vars(self.strategy).items() if isinstance(v, (int, float, str))}
+        settings |= {f'strategy {k}': v for k, v in plain.items()}
         return json.dumps(settings | {f'optimizer {k}': v for k, v in optimizer.param_groups[0].items() if k != 'params'}, default=str)
 
     def _check_settings(self, text):  # against those of here, as far as both know them
@@ -833,7 +940,8 @@ class Adapter:
         "All that the adapter knows, its settings as text (JSON, in bytes), and a digest by which damage is noticed."
         state = lambda s: vars(s) if self.config.ema_decay is not None else vars(s) | {'average': None}
         tree = dict(tensors=self.weights.tensors, source=self.learner.source, now=state(self.learner.state()), best=state(self.best),
-                    best_return=self.best_return, last_return=self.last_return, counters=self.counters, monitors=self.monitors.state())
+                    best_return=self.best_return, last_return=self.last_return, counters=self.counters, age=self.age, monitors=self.monitors.state(),
+                    strategy=dict(source=self.strategy.source, memory=self.strategy.memory))
         text = list(self._settings_text().encode())
         settings = torch.tensor(text, dtype=torch.uint8, device='cpu')
         state = {k: v.detach().clone() for k, v in _flat(tree).items()} | dict(settings=settings)
@@ -844,7 +952,7 @@ class Adapter:
                         state: dict): # of an adapter of the same model, config and strategy
         "Go on from there. Raises ValueError, and changes nothing, if it does not fit or is not as it was saved; RuntimeError inside a context."
         if self._depth: raise RuntimeError('a context is open; leave it before loading')
-        fixed = lambda s: {k: (tuple(v.shape), v.dtype) for k, v in s.items() if not k.startswith('monitors/') and k not in ('last_return', 'settings')}
+        fixed = lambda s: {k: (tuple(v.shape), v.dtype) for k, v in s.items() if not k.startswith(('monitors/', 'strategy/')) and k not in ('last_return', 'settings')}
         given, needed = fixed(state), fixed(self.state_dict())
         for k in (*needed, *given):
             if given.get(k) != needed.get(k): raise ValueError(f'this state does not fit: {k} is {given.get(k)} there and {needed.get(k)} here; use the same model and config')
@@ -852,7 +960,7 @@ class Adapter:
         if not torch.equal(state.pop('digest').cpu(), _digest(state)): raise ValueError('this state does not fit: something in it was changed, added or lost after it was saved; save it again')
         self._check_settings(bytes(state.pop('settings').tolist()))
         device = self.learner.drift().device
-        belongs_there = lambda k, v: v.dim() >= 2 or '/optimizer/' not in k and k.startswith(('tensors/', 'source/', 'monitors/', 'now/params/', 'best/params/'))
+        belongs_there = lambda k, v: v.dim() >= 2 or '/optimizer/' not in k and k.startswith(('tensors/', 'source/', 'monitors/', 'strategy/', 'now/params/', 'best/params/'))
         tree = _nested({k: v.to(device, copy=True) if belongs_there(k, v) else v.clone() for k, v in state.items()})
         centre = self.weights.rows(tree['source'])
         for name in ('now', 'best'):
@@ -865,6 +973,8 @@ class Adapter:
             self.learner.begin(), self.learner.put(TaskState(**tree['now']))
         self.best, self.best_return, self.last_return, self.counters = TaskState(**tree['best']), tree['best_return'], tree.get('last_return'), tree['counters']
         self.monitors.put(tree['monitors'] if 'monitors' in tree else {})
+        self.age, own = tree['age'], tree.get('strategy', {})
+        self.strategy.source, self.strategy.memory = own.get('source', {}), own.get('memory', {})
 
     def save(self,
              path): # .npz file
