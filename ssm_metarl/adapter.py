@@ -194,7 +194,8 @@ class AdaptationStrategy:
         return (type(self).post_loss, type(self).own_loss) != (AdaptationStrategy.post_loss, AdaptationStrategy.own_loss)
 
 
-STRATEGIES = Registry('strategy', 'strategy', 'register_adaptation_strategy', AdaptationStrategy)
+STRATEGIES = Registry('strategy', 'strategy', 'register_adaptation_strategy', AdaptationStrategy,
+                      home=__name__)
 
 
 def register_adaptation_strategy(

@@ -7,6 +7,7 @@ __all__ = ['FORMAT', 'FORMAT_VERSION', 'CheckpointError', 'save_checkpoint', 'lo
            'load_learner', 'load_policy']
 
 # %% ../nbs/08a_checkpoints.ipynb #08a10003
+import textwrap
 from dataclasses import asdict, replace
 from math import prod
 from pathlib import Path
@@ -111,8 +112,10 @@ def check_device(
     "Raises ValueError unless numbers can be computed there."
     try: torch.ones(1, device=device).item()
     except Exception as error:  # PyTorch raises many kinds, and a back end may be a missing module
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
-        raise ValueError(f'device={str(device)!r:.80} cannot be used: {reason}') from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = textwrap.shorten(reason, 90, placeholder=' ...')
+        raise ValueError(f'device={str(device)!r:.80} cannot be used ({reason}); take cpu, or cuda '
+                         'on a machine with a GPU') from None
 
 # %% ../nbs/08a_checkpoints.ipynb #08a10019
 def make_learner(

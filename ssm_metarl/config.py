@@ -60,7 +60,7 @@ class ExperimentConfig:
                                  core=self.policy.core, strategy=self.adapt.strategy))
 
 # %% ../nbs/08_config.ipynb #08c10013
-CONFIGS = Registry('config', 'config', 'register_config')
+CONFIGS = Registry('config', 'config', 'register_config', home=__name__)
 
 
 def register_config(

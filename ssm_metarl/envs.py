@@ -127,7 +127,8 @@ FAMILIES = _Families('family', 'env_name', 'register_family', Family, {  # the m
     'MetaGymToy-v0': 'envs',
     'MetaBandit-v0': 'bandits', 'MetaTabularMDP-v0': 'bandits',
     'MetaCartPole-v0': 'control', 'MetaPendulum-v0': 'control',
-    'MetaHalfCheetahDir-v0': 'gymnasium_envs', 'MetaHalfCheetahVel-v0': 'gymnasium_envs'})
+    'MetaHalfCheetahDir-v0': 'gymnasium_envs', 'MetaHalfCheetahVel-v0': 'gymnasium_envs'},
+    home=__name__)
 
 
 def family_class(

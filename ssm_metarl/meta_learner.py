@@ -332,7 +332,7 @@ class MetaLearner(AdamSteps, LearnerState, ABC):
         return {k: v.detach() for k, v in adapted.items()}
 
 # %% ../nbs/03e_learner.ipynb #03e0r001
-LEARNERS = Registry('learner', 'learner', 'register_learner', MetaLearner)
+LEARNERS = Registry('learner', 'learner', 'register_learner', MetaLearner, home=__name__)
 
 
 def register_learner(

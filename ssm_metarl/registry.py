@@ -41,12 +41,13 @@ class Registry(dict):
                  field: str, # of a configuration in which a name stands: 'core'
                  decorator: str, # what adds to it: 'register_core'
                  base: type = None, # of which its classes are subclasses; None: of any
-                 entries: dict = None): # name -> value, or the module of this library that adds it
+                 entries: dict = None, # name -> value, or the module of this library that adds it
+                 home: str = ''): # __name__; a module of the library enters it into `REGISTRIES`
         super().__init__(entries or {})
         self.kind, self.field, self.decorator = kind, field, decorator
         self.base = base
         self.makers, self.origins = {}, {}  # name -> what was decorated; the plug-in that did it
-        REGISTRIES[field] = self
+        if home.startswith('ssm_metarl.'): REGISTRIES[field] = self
 
     def add(self,
             name: str, # new, or that of the same definition
@@ -217,10 +218,11 @@ def load_installed_plugins() -> list: # of errors, one line each
 
 # %% ../nbs/00_registry.ipynb #00r00026
 def used_plugins(
-    names: dict, # field of a configuration -> name: {'core': 'ring'}
+    names: dict, # field of a configuration -> name: {'core': 'ring'}; unknown fields do not count
 ) -> list: # names of plug-ins, sorted
     "Where these names come from, as far as they do not come with the library."
-    origins = (REGISTRIES[field].origins.get(name) for field, name in names.items())
+    known = {field: name for field, name in names.items() if field in REGISTRIES}
+    origins = (REGISTRIES[field].origins.get(name) for field, name in known.items())
     return sorted({origin for origin in origins if origin})
 
 # %% ../nbs/00_registry.ipynb #65b05e5a

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['source_commit', 'cpu_model', 'provenance', 'read_log', 'validate', 'Schedule', 'newest_checkpoint', 'resume_state',
            'set_aside', 'log_until', 'validation_scores', 'Run', 'keep_newest', 'TrainingStopped', 'show_step',
-           'progress_bar', 'train', 'summary']
+           'progress_bar', 'train', 'summary', 'stop_if_asked']
 
 # %% ../nbs/08b_training.ipynb #08b10003
 import functools
@@ -250,7 +250,7 @@ class Run:
         self.state = self.learner.state_dict()  # after the last whole step
         is_latest = start is not None and start.name == 'latest.npz'
         self.saved = self.done if is_latest else None  # step of `latest.npz`
-        self.resumed, self.began = resume, False
+        self.resumed, self.began, self.late = resume, False, []  # late: signals in the last step
         self.note = dict(provenance=provenance(device))  # into the first line
         last = self.history[-1] if self.history else {}  # earlier sessions count
         self.clock = time.monotonic() - last.get('wall_s', 0)
@@ -357,7 +357,7 @@ def _finish_or_save(run, stops, bar, writer):
     finally:
         with stops.shielded():
             if rank() == 0: run.save_latest()
-    if run.over: stops.signals.clear()  # nothing is left to be stopped
+    if run.over: run.late, stops.signals = stops.signals, []  # nothing is left to be stopped
 
 # %% ../nbs/08b_training.ipynb #08b10033
 def show_step(
@@ -436,14 +436,23 @@ def summary(
 ) -> dict: # plain values
     """What a training did: outer_steps, wall_s, cpu_s (of this process), env_steps,
     final_pre_return and final_post_return (means of the last 10 steps), checkpoint,
-    best_checkpoint (None without validation)."""
+    best_checkpoint (None without validation), and interrupted_by ('SIGINT', 'SIGTERM') if a
+    signal came in the last step."""
     def recent(name):
         found = [line[name] for line in run.history[-10:]]
         return float(np.mean(found, dtype=float)) if found else None
     best, last = run.folder / 'best.npz', run.history[-1] if run.history else {}
     has_best = bool(validation_scores(run.history, run.config.learner)) and best.exists()
+    late = dict(interrupted_by=signal.Signals(run.late[0]).name) if run.late else {}
     return dict(outer_steps=run.done, wall_s=last.get('wall_s'), cpu_s=last.get('cpu_s'),
                 env_steps=sum(line['env_steps'] for line in run.history),
                 final_pre_return=recent('pre_return'), final_post_return=recent('post_return'),
                 checkpoint=str(run.folder / 'latest.npz'),
-                best_checkpoint=str(best) if has_best else None)
+                best_checkpoint=str(best) if has_best else None) | late
+
+# %% ../nbs/08b_training.ipynb #08b1036b
+def stop_if_asked(
+    done: dict, # of `train`
+) -> None:
+    "Raises Stopped if a signal came in the last step of a training."
+    if name := done.get('interrupted_by'): raise Stopped(signal.Signals[name])
