@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ssm_metarl import training
+from ssm_metarl import cli, training
 from ssm_metarl.config import CONFIGS
 from ssm_metarl.envs import sample_tasks
 from ssm_metarl.cli import main
@@ -83,6 +83,12 @@ def test_interrupted_and_resumed(trained, tmp_path):
     answer(*words, '--resume')
     with np.load(trained[0] / 'latest.npz') as whole, np.load(tmp_path / 'latest.npz') as parts:
         for k in set(whole.files) - {'header'}: assert whole[k].tobytes() == parts[k].tobytes(), k
+
+
+def test_a_signal_in_the_last_training_step_stops_the_demo(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, 'train', lambda *args, **options: dict(interrupted_by='SIGINT', checkpoint=str(tmp_path / 'latest.npz')))
+    assert main(['demo', '--out', str(tmp_path)]) == 130
+    assert capsys.readouterr() == ('', 'ssm-metarl: stopped by SIGINT\n')
 
 
 def test_resume_after_a_stop(trained, tmp_path):
