@@ -342,7 +342,7 @@ def plot_experiment(
     for (source, values), mark in zip(results['published'].items(), '*x+'): ax.plot(range(len(values)), values, mark, color=COLOURS['ink'], ms=9, label=f'{source}: mean')
     if (nothing := table[0]['references'].get('nothing')) is not None: ax.axhline(nothing, color=COLOURS['ink'], lw=1, ls=REFERENCES['nothing'], label='do nothing')
     ax.set_xticks(range(max(len(row['iqm']) for row in table)))
-    ax.legend(loc='upper left', bbox_to_anchor=(0, -.2), ncols=2, frameon=False, fontsize=9, borderaxespad=0, labelcolor=COLOURS['ink'])
+    ax.figure.legend(*ax.get_legend_handles_labels(), loc='outside lower left', ncols=2, frameon=False, fontsize=9, labelcolor=COLOURS['ink'])
     return dress(ax, f'{results["experiment"]}: {seed_count(table)}', 'gradient steps', 'return (95 % intervals)')
 
 # %% ../nbs/07_plots.ipynb #070069
