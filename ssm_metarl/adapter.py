@@ -748,6 +748,11 @@ class Watched(Steps):
         raised = self.monitors.features.raised
         return self._zeros(torch.bool) if raised is None else raised.expand(self.weights.num_tasks)
 
+    def gated(self) -> Tensor: # bool [M]
+        "Which tasks the gate keeps from adapting; none without a gate."
+        wanted = self._gate()
+        return self._zeros(torch.bool) if wanted is None else ~wanted.cpu()
+
     def averaged(self) -> dict: # name -> [M, ...], for `using`
         "The moving average of the parameters. Raises ValueError without `ema_decay`."
         if self.config.ema_decay is None: raise ValueError('there is no average; set ema_decay')
@@ -771,6 +776,20 @@ class Watched(Steps):
         with borrowed(self.weights.tensors.values()):
             report = self.monitors.observe(outputs, batch, feats, anchor)
         return {k: self._report(v) for k, v in report.items()}
+
+    def snapshot(self) -> TaskState: # copies
+        "What the tasks have learned so far, for `take_back`."
+        return self.learner.state()
+
+    @torch.inference_mode(False)
+    def take_back(self,
+                  earlier: TaskState, # of a `snapshot`
+                  who: Tensor): # bool [M]: whose
+        "Undo what these tasks have learned since the snapshot."
+        who = torch.as_tensor(who).cpu().reshape(-1).expand(self.weights.num_tasks)
+        with self._borrow():
+            self.learner.put(self.learner.state().where(~who, earlier), who)
+        self.counters['restored'] = self.counters['restored'] + who
 
     @torch.inference_mode(False)
     def observe_return(self,
