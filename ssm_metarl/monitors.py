@@ -268,7 +268,7 @@ def _fewest(false_alarms):  # streams from which a threshold can be taken
     if not isinstance(false_alarms, Real) or not 0 < false_alarms < 1:  # True is 1
         raise ValueError(f'false_alarms={false_alarms!r:.80} is not between 0 and 1; '
                          'give a share of streams, such as 0.05')
-    return int(np.ceil(1 / false_alarms)) - 1
+    return int(np.ceil(1 / false_alarms - 1e-9)) - 1  # 1 / (1 / 49) is a little more than 49
 
 
 def conformal_threshold(
@@ -281,7 +281,7 @@ def conformal_threshold(
     if n < needed:
         raise ValueError(f'highest has {n} scores; false_alarms={false_alarms} needs at least '
                          f'{needed}')
-    rank = min(int(np.ceil((n + 1) * (1 - false_alarms))), n)  # a rounding error may give n + 1
+    rank = int(np.ceil((n + 1) * (1 - false_alarms) - 1e-9))  # likewise
     return highest.sort().values[rank - 1]
 
 # %% ../nbs/04c_monitors.ipynb #04c0051
