@@ -32,7 +32,7 @@ from .config import CONFIGS, ExperimentConfig, load_config
 from .envs import sample_tasks
 from .files import to_json, writable_folder
 from .pipeline import check_episodes, evaluate, evaluate_with_adaptation
-from .policy_adaptation import check_adaptation
+from .policy_adaptation import AdaptConfig, check_adaptation
 from .registry import PLUGINS, REGISTRIES, load_installed_plugins, load_plugin
 from .training import Schedule, read_log, stop_if_asked, train
 
@@ -315,6 +315,12 @@ class Adapt(Command):
     episodes: int = 20 # held-out tasks, one evaluation episode each
     adapt_steps: int | None = None # gradient steps before the episode; default: the config's
     online: bool = False # go on adapting while the evaluated episode runs
+    trajectories: int | None = None # support trajectories per step; default: the config's
+    rollback: bool = False # take steps back after which fresh trajectories do worse (the usual)
+    no_rollback: bool = False # keep every step
+    trust_radius: float | None = None # distance allowed, of the start's norm; default: the config's
+    max_kl: float | None = None # divergence allowed on a batch, in nats; default: the config's
+    gate: bool = False # adapt only tasks whose experience looks unlike that of training
     lr: float | None = None # step size; default: the config's
     optimizer: str | None = None # sgd, adam, ...; default: the config's
     strategy: str | None = None # registered adaptation strategy; default: the config's
@@ -327,8 +333,7 @@ class Adapt(Command):
     def run(self):
         "The result first, then its picture."
         config = None if self.config is None else load_config(self.config)
-        given = {name: getattr(self, name) for name in ('lr', 'optimizer', 'strategy')}
-        changes = {name: value for name, value in given.items() if value is not None}
+        changes = self._changes()
         if self.figure is not None: check_figure(self.figure)
         result = evaluate_with_adaptation(
             self.checkpoint, config, self.episodes, self.adapt_steps, self.online or None,
@@ -337,6 +342,15 @@ class Adapt(Command):
         if self.figure is not None:
             from ssm_metarl.plots import plot_adaptation
             _save_figure(plot_adaptation(result), self.figure)
+
+    def _changes(self): # fields of AdaptConfig that were given
+        if self.rollback and self.no_rollback:
+            raise ValueError('--rollback and --no-rollback contradict each other; give one of them')
+        names = 'lr', 'optimizer', 'strategy', 'trajectories', 'trust_radius', 'max_kl'
+        changes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.rollback or self.no_rollback: changes |= dict(rollback=self.rollback)
+        if self.no_rollback: changes |= dict(tolerance=AdaptConfig.tolerance)
+        return changes | (dict(gate=True) if self.gate else {})
 
 # %% ../nbs/08e_command_line.ipynb #08e10030
 def _experiments(): # -> name -> Experiment

@@ -93,7 +93,8 @@ def _nav2d():
                       outer_lr_decay=True)
     return ExperimentConfig(seed=42, env_name='MetaGymToy-v0', num_envs=20, time_limit=100,
                             meta=meta, policy=PolicyConfig(hidden_dim=32, state_dim=16),
-                            adapt=AdaptConfig(steps=3, lr=0.1, later_scale=0.1, trajectories=40))
+                            adapt=AdaptConfig(steps=3, lr=0.1, later_scale=0.1, trajectories=40,
+                                              tolerance=0.0))
 
 
 @register_config('nav2d-rotated')

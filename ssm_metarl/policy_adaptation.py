@@ -396,9 +396,10 @@ def adapt_policy(
                                 start)
     record = _Record(policies, on_step, keep_paths)
     record.add()
-    support = record.count(policies.collect(0))
-    policies.watch(support)
-    share = torch.ones(len(tasks), device=support.reward.device)
+    if config.steps or config.gate:
+        support = record.count(policies.collect(0))
+        policies.watch(support)
+    share = torch.ones(len(tasks), device=record.after.reward.device)
     started = torch.zeros_like(share, dtype=torch.bool)
     with _progress(config.steps, progress) as steps:
         for k in steps:

@@ -93,7 +93,8 @@ def validate(
     env = replace(config.env, seed=config.env.seed + 1_000_000)  # other tasks than in tests
     if 'validation' not in env.tasks.splits: return {}
     params = {k: v.detach() for k, v in learner.params.items()}
-    adapt = replace(config.adapt, online=False, online_interval=AdaptConfig.online_interval)
+    adapt = replace(config.adapt, online=False, online_interval=AdaptConfig.online_interval,
+                    online_scale=AdaptConfig.online_scale)
 
     def returns(some, first):  # of a share of the tasks, before and after adaptation, [m, 2]
         result = adapt_policy(learner.policy, params, some, env, config.meta, adapt,
