@@ -7,7 +7,7 @@ import worst_first
 from ssm_metarl.config import ExperimentConfig, register_config
 from ssm_metarl.meta_learner import MetaConfig
 from ssm_metarl.policy import PolicyConfig
-from ssm_metarl.policy_adaptation import AdaptConfig
+from ssm_metarl.policy_steps import AdaptConfig
 
 
 @register_config('windy-lab')

@@ -32,7 +32,7 @@ from .config import CONFIGS, ExperimentConfig, load_config
 from .envs import sample_tasks
 from .files import to_json, writable_folder
 from .pipeline import check_episodes, evaluate, evaluate_with_adaptation
-from .policy_adaptation import AdaptConfig, check_adaptation
+from .policy_steps import AdaptConfig, check_adaptation
 from .registry import PLUGINS, REGISTRIES, load_installed_plugins, load_plugin
 from .training import Schedule, read_log, stop_if_asked, train
 

@@ -17,7 +17,7 @@ from .envs import EnvConfig
 from .files import as_saved, check_fields, check_type, plain_numbers
 from .meta_learner import LEARNERS, MetaConfig
 from .policy import PolicyConfig, SSMMetaPolicy
-from .policy_adaptation import AdaptConfig
+from .policy_steps import AdaptConfig
 from .registry import Registry, used_plugins
 
 # %% ../nbs/08_config.ipynb #08c10008

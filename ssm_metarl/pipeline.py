@@ -20,8 +20,8 @@ from .envs import MAX_TASKS, sample_tasks
 from .evaluation import evaluate_returns, reference_returns, reference_row
 from .inner_loop import stack
 from .policy import SSMMetaPolicy, choose_action
-from .policy_adaptation import (AdaptationResult, AdaptConfig, adapt_policy,
-                                          check_adaptation)
+from .policy_adaptation import AdaptationResult, adapt_policy
+from .policy_steps import AdaptConfig, check_adaptation
 from .rollout import history
 from .training import train
 

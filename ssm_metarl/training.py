@@ -32,7 +32,8 @@ from .evaluation import bootstrap_interval
 from .files import (COUNT_LIMIT, append_line, folder_lock, read_lines, to_json,
                               writable_folder, write_text_whole)
 from .meta_learner import MetaLearner
-from .policy_adaptation import AdaptConfig, adapt_policy, check_adaptation
+from .policy_adaptation import adapt_policy
+from .policy_steps import AdaptConfig, check_adaptation
 from .ranks import agree, by_shares, joined, rank, require_same, unanimous
 from .stops import Stopped, Stops
 

@@ -11,7 +11,7 @@ from ssm_metarl import checkpoints, experiments, pipeline, training
 from ssm_metarl.envs import register_family
 from ssm_metarl.meta_learner import MetaConfig
 from ssm_metarl.files import to_json
-from ssm_metarl.policy_adaptation import AdaptConfig
+from ssm_metarl.policy_steps import AdaptConfig
 from ssm_metarl.config import ExperimentConfig
 from ssm_metarl.training import provenance, train
 from ssm_metarl.experiments import EXPERIMENTS, paired_differences, run_experiment

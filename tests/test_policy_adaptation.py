@@ -12,8 +12,8 @@ from ssm_metarl.evaluation import evaluation_trajectories
 from ssm_metarl.inner_loop import stack
 from ssm_metarl.meta_learner import MetaConfig, inner_step
 from ssm_metarl.policy import PolicyConfig, SSMMetaPolicy
-from ssm_metarl.policy_adaptation import (AdaptConfig, AdaptingPolicies, adapt_policy, choose_trajectories, did_worse, next_share,
-                                          online_advantages, reward_fell)
+from ssm_metarl.policy_adaptation import AdaptingPolicies, adapt_policy, online_advantages, reward_fell
+from ssm_metarl.policy_steps import AdaptConfig, choose_trajectories, did_worse, next_share
 from ssm_metarl.rollout import collect, policy_inputs
 
 ENV = EnvConfig(num_envs=3, time_limit=8, seed=42)
