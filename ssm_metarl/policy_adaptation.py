@@ -116,7 +116,7 @@ class AdaptationResult:
     after: Trajectories # the same after the last step (while adapting on, if online), [M, 1, T]
     drift: np.ndarray # distance of the parameters from the start after 0 to S steps, [S + 1, M]
     kept: np.ndarray # bool [S, M]; False: fresh support trajectories did worse, step taken back
-    kl: np.ndarray # KL(start || now) on the evaluation episodes after 0 to S steps, nats, [S + 1, M]
+    kl: np.ndarray # KL(start || now) on the evaluation episodes, nats, [S + 1, M]
     env_steps: np.ndarray # environment steps that were played to adapt, [M]
     gated: np.ndarray # bool [M]: kept from adapting by the gate
     params: dict # adapted parameters, after online updates if there were any, [M, ...]

@@ -80,11 +80,11 @@ class AdaptConfig:
         if self.steps < 0:
             raise ValueError(f'steps={self.steps} is negative; take 0 (no adaptation) or more')
         for name in ('later_scale', 'online_scale'):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f'{name}={getattr(self, name)} is not in (0, 1]; 1 is a whole step')
+            if not 0 < (x := getattr(self, name)) <= 1:
+                raise ValueError(f'{name}={x} is not in (0, 1]; 1 is a whole step')
         for name in ('tolerance', 'max_kl'):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f'{name}={getattr(self, name)} is not a number >= 0')
+            if not 0 <= (x := getattr(self, name)) < math.inf:
+                raise ValueError(f'{name}={x} is not a number >= 0')
         if self.trajectories < 0:
             raise ValueError(f'trajectories={self.trajectories} is negative; '
                              'take 0 (as in training) or more')
