@@ -25,7 +25,7 @@ from .guards import (OPTIMIZERS, TaskState, blank_state, check_elementwise, clip
                                distances, finite_rows, flatten, guard, keeps_promise,
                                optimizer_step, round_rows, round_towards, split)
 from .lending import borrowed, gradients, preserved, requires_grad
-from .monitors import (Monitors, described, mask_of, per_task, predictions,
+from .monitors import (Monitors, choose, described, mask_of, per_task, predictions,
                                  softmax_entropy, task_mean)
 from .policy import action_log_prob, kl_divergence
 from .policy_gradient import policy_surrogate, value_loss
@@ -332,12 +332,15 @@ class GuardedLearner(Source):
                 share = torch.where(over, share * shorter(before, kl, most), share)
                 new, rows = self._part(old, start, new, whole, share)
                 kl = self._try(new, old, done, measure)
-        finally: self.weights.put_rows(old.params)
+        except BaseException:
+            self.weights.put_rows(old.params)
+            raise
         done = done & (kl <= most) & self._kept(rows, start)
         return new, rows, done, share < 1, torch.where(done, kl, before)
 
     def _try(self, new, old, done, measure):  # the divergence with a step, [M]
-        self.weights.put_rows(new.where(done, old).params)
+        params = new.params if done.all() else choose(done, new.params, old.params)
+        self.weights.put_rows(params)
         return measure().to(self.centre.device)
 
     def _part(self, old, start, new, whole, share):  # that share of the step
@@ -970,19 +973,18 @@ class SSMHook:
     def attach(self,
                model: nn.Module, # the adapter's
                module=None, # the module whose output counts, or its name; None: see above
-               state: bool = False, # the state after the last step instead of each step's output
-              ) -> 'SSMHook': # itself
+               state: bool = False): # the state after the last step instead of the outputs
         "Listen to a model's forward passes. Raises ValueError if it is not the adapter's."
         if model is not self.adapter.target:
             raise ValueError(f'this {type(model).__name__} is not the model of the adapter')
         self.detach()
-        self.model, self.part = model, 'state' if state else 'features'
+        self.model, self.part, modules = model, 'state' if state else 'features', [*model.modules()]
         if isinstance(module, str): module = self._named(module)
-        modules = list(model.modules())
         ssm = next((m for m in modules if isinstance(m, SSM)), None) if module is None else module
         last = next((m for m in reversed(modules) if isinstance(m, nn.Linear)), None)
         self._handles.append(model.register_forward_pre_hook(self._begin, with_kwargs=True))
-        if ssm is not None: self._handles.append(ssm.register_forward_hook(self._keep_output))
+        if ssm is not None:
+            self._handles.append(ssm.register_forward_hook(lambda m, args, out: self._keep(out)))
         elif last is not None and not state:
             self._handles.append(last.register_forward_pre_hook(self._keep_input, with_kwargs=True))
         if module is None: self._handles.append(model.register_forward_hook(self._keep_named))
@@ -991,8 +993,8 @@ class SSMHook:
     def _named(self, name):  # module of that name
         names = dict(self.model.named_modules())
         if name in names: return names[name]
-        known = ', '.join(filter(None, names))
-        raise ValueError(f'there is no module {name!r:.80}; there are {known:.200}')
+        there = f'there are {", ".join(filter(None, names)):.200}'
+        raise ValueError(f'there is no module {name!r:.80}; {there}')
 
     def detach(self):
         "Listen no more."
@@ -1006,11 +1008,9 @@ class SSMHook:
         self._weights = self._versions()
 
     @staticmethod
-    def _version(tensor):  # counts changes in place
-        return None if tensor.is_inference() else tensor._version
+    def _version(x): return None if x.is_inference() else x._version  # counts changes in place
 
-    def _versions(self):
-        return [(p.data_ptr(), self._version(p)) for p in self.model.parameters()]
+    def _versions(self): return [(p.data_ptr(), self._version(p)) for p in self.model.parameters()]
 
     def _saw(self, batch):  # did the last forward pass see this, with the weights of now?
         parts = batch.values() if isinstance(batch, Mapping) else [batch]
@@ -1020,8 +1020,6 @@ class SSMHook:
         return seen and all(same(*pair) for pair in self._inputs)
 
     def _keep_input(self, module, args, kwargs): self._keep(next(iter((*args, *kwargs.values()))))
-
-    def _keep_output(self, module, args, out): self._keep(out)
 
     def _keep_named(self, module, args, out):
         if isinstance(out, Mapping) and self.part in out: self._keep(out)
@@ -1061,8 +1059,8 @@ class SSMHook:
         of a new one, which changes nothing else. Raises ValueError if there are none."""
         if self.model is None:
             raise ValueError('the hook listens to no model; call attach(model) first')
-        known = self._features is not None and self._saw(batch)
-        return self._features if known else self._ask(batch)
+        if self._features is not None and self._saw(batch): return self._features
+        return self._ask(batch)
 
 # %% ../nbs/05_adapter.ipynb #c481e310
 def _entry(batch, name):
