@@ -254,15 +254,15 @@ def shorter(
     before: Tensor, # divergence without the step, [M]
     after: Tensor, # with the whole step, [M]
     largest: float, # that is allowed
-) -> Tensor: # [M], in [0.05, 0.5]
+) -> Tensor: # [M], in [0.001, 0.5]
     "Which part of a step has the largest divergence allowed, if its root is linear in the step?"
     a, b = before.clamp(min=0).sqrt(), after.clamp(min=0).sqrt()
-    return (.9 * (largest**.5 - a) / (b - a)).nan_to_num(nan=.5).clamp(.05, .5)
+    return (.9 * (largest**.5 - a) / (b - a)).nan_to_num(nan=.5).clamp(.001, .5)
 
 # %% ../nbs/05_adapter.ipynb #cd14b61a
 class GuardedLearner(Source):
     "Bounded steps of gradient descent from a source."
-    shortenings = 2  # how often a step is shortened for the divergence before it is refused
+    shortenings = 1  # how often a step is shortened for the divergence before it is refused
 
     @torch.no_grad()
     def step(self,
@@ -322,7 +322,7 @@ class GuardedLearner(Source):
         return None if decay is None else torch.lerp(rows, old.average, decay)
 
     def _bounded(self, old, start, new, rows, done, before, measure):  # shorten until it fits
-        most, share, whole = self.config.max_kl, torch.ones_like(before), rows
+        most, share, whole = self.config.max_kl, torch.ones_like(before), new
         try:
             kl = self._try(new, old, done, measure)
             done = done & ((kl <= most) | (before < most))  # else no step is short enough
@@ -330,7 +330,7 @@ class GuardedLearner(Source):
                 over = done & ~(kl <= most)
                 if not over.any(): break
                 share = torch.where(over, share * shorter(before, kl, most), share)
-                new, rows = self._part(old, start, new, whole, share)
+                new, rows = self._part(old, start, whole, share)
                 kl = self._try(new, old, done, measure)
         except BaseException:
             self.weights.put_rows(old.params)
@@ -343,12 +343,16 @@ class GuardedLearner(Source):
         self.weights.put_rows(params)
         return measure().to(self.centre.device)
 
-    def _part(self, old, start, new, whole, share):  # that share of the step
-        share = share.unsqueeze(1)
-        rows = torch.where(share < 1, torch.lerp(start, whole, share), whole)
-        rows = round_rows(rows, self.centre, new.params)
-        params = {k: v.to(new.params[k].dtype) for k, v in split(rows, new.params).items()}
-        return TaskState(params, new.optimizer, self._averaged(rows, old)), rows
+    def _part(self, old, start, whole, share):  # that share of the step
+        def part(a, b):
+            s = per_task(share, b).to(b.dtype)
+            return torch.where(s < 1, torch.lerp(a, b, s), b)
+        params = {k: part(old.params[k], v) for k, v in whole.params.items()}
+        rows = flatten(params)
+        if not self._kept(rows, start).all():  # by rounding, which is put right where it matters
+            rows = round_rows(rows, self.centre, params)
+            params = {k: v.to(params[k].dtype) for k, v in split(rows, params).items()}
+        return TaskState(params, whole.optimizer, self._averaged(rows, old)), rows
 
     def _report(self, rows, start, done, wanted, measured, flags):
         rows = rows if done.all() else torch.where(done.unsqueeze(1), rows, start)
