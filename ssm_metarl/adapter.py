@@ -262,7 +262,7 @@ def shorter(
 # %% ../nbs/05_adapter.ipynb #cd14b61a
 class GuardedLearner(Source):
     "Bounded steps of gradient descent from a source."
-    shortenings = 1  # how often a step is shortened for the divergence before it is refused
+    shortenings = 4  # how often a step is shortened for the divergence before it is refused
 
     @torch.no_grad()
     def step(self,
@@ -326,8 +326,9 @@ class GuardedLearner(Source):
         try:
             kl = self._try(new, old, done, measure)
             done = done & ((kl <= most) | (before < most))  # else no step is short enough
-            for _ in range(self.shortenings):
+            for i in range(self.shortenings):
                 over = done & ~(kl <= most)
+                if i: over &= 2 * before < most  # near the edge a second try gains little
                 if not over.any(): break
                 share = torch.where(over, share * shorter(before, kl, most), share)
                 new, rows = self._part(old, start, whole, share)
@@ -925,7 +926,7 @@ class Adapter(Saved):
 
     def _idle(self, gated=0):  # a report without a step
         if gated: self.counters['gated'] = self.counters['gated'] + gated
-        zero, whole = self._report(self._zeros()), self._report(self._zeros(torch.long))
+        zero, whole = (self._zeros(), self._zeros(torch.long)) if self.stacked else (0., 0)
         report = dict.fromkeys(('loss', 'grad_norm', 'step_norm'), zero)
         report |= dict.fromkeys(STEP_COUNTS, whole) | dict(gated=whole + gated)
         return report | dict(drift=self._report(self.learner.last_drift()))
