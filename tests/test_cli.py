@@ -130,7 +130,7 @@ def bad_files(folder, checkpoint):
     ('eval --checkpoint {c} --episodes 0', 2, 'episodes=0 is not a number from 1'),
     ('eval --checkpoint {c} --seed -1', 2, 'seed=-1'),
     ('adapt --checkpoint {c} --adapt-steps -1', 2, 'steps=-1 is negative'),
-    ('adapt --checkpoint {c} --strategy tnet', 2, "'tnet' is not one of 'none', 'tent'"),
+    ('adapt --checkpoint {c} --strategy tnet', 2, "'tnet' is not one of 'none', 'norm', 'tent'"),
     ('adapt --checkpoint {c} --lr 0', 2, 'lr=0.0 is not a positive number'),
     ('adapt --checkpoint {c} --figure {f}/file/a.png', 1, 'is not a folder that can be written to'),
     ('adapt --checkpoint {c} --figure {f}/a.docx', 2, 'must end in .png, .pdf or .svg'),
