@@ -215,7 +215,7 @@ def test_help_names_what_a_plugin_adds_and_fits_a_terminal(tmp_path):
     helped = subprocess.run([*PROGRAMS[0], 'train', '--plugin', str(tmp_path / 'mine.py'), '--help'], cwd=ROOT, capture_output=True, text=True, env=os.environ | {'COLUMNS': '80'})
     text = ' '.join(helped.stdout.replace('│', ' ').split())
     assert helped.returncode == 0 and max(map(len, helped.stdout.splitlines())) <= 80
-    assert 'none, tent, sleepy' in text and '--plugin FILE.py|MODULE' in text
+    assert 'none, norm, tent, t3a, eata, sar, ttt, kl_anchor, sleepy' in text and '--plugin FILE.py|MODULE' in text
     assert text.index('--seed') < text.index('--meta.outer-steps') < text.index('--adapt.steps') < text.index('--policy.hidden-dim')
     listed = run('list', 'strategies', f'--plugin={tmp_path / "mine.py"}')
     assert listed.returncode == 0 and 'sleepy  (from mine.py) Does nothing, slowly.' in listed.stdout
