@@ -241,6 +241,10 @@ class Source:
         if self._drift is None: self._drift = self.drift()
         return self._drift
 
+    def _columns(self, names):  # bool [n]: which numbers of a row are theirs; None: nobody's
+        full = lambda k, v: torch.full((v[0].numel(),), k in names, device=self.centre.device)
+        return torch.cat([full(k, v) for k, v in self.start.items()]) if names else None
+
     def fits(self,
              state: TaskState, # of the same tasks, perhaps around another source
              start: dict, # that source, name -> [M, ...]
@@ -300,10 +304,6 @@ class GuardedLearner(Source):
         if keeps_promise(start, start, **self._promise()).all(): return start
         raise ValueError('the weights are not finite or lie outside the trust region, and not by a '
                          'step of this adapter; make a new one after loading or training a model')
-
-    def _columns(self, names):  # bool [n]: which numbers of a row are theirs; None: nobody's
-        full = lambda k, v: torch.full((v[0].numel(),), k in names, device=self.centre.device)
-        return torch.cat([full(k, v) for k, v in self.start.items()]) if names else None
 
     def _propose(self, old, start, grads, live, scale, frozen):  # state, rows, what guards did
         c = self.config
