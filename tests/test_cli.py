@@ -218,7 +218,7 @@ def test_help_names_what_a_plugin_adds_and_fits_a_terminal(tmp_path):
     assert 'none, norm, tent, t3a, eata, sar, ttt, kl_anchor, sleepy' in text and '--plugin FILE.py|MODULE' in text
     assert text.index('--seed') < text.index('--meta.outer-steps') < text.index('--adapt.steps') < text.index('--policy.hidden-dim')
     listed = run('list', 'strategies', f'--plugin={tmp_path / "mine.py"}')
-    assert listed.returncode == 0 and 'sleepy  (from mine.py) Does nothing, slowly.' in listed.stdout
+    assert listed.returncode == 0 and 'sleepy (from mine.py) Does nothing, slowly.' in ' '.join(listed.stdout.split())
 
 
 def test_learning_curves_of_two_runs(trained, tmp_path, capsys):
