@@ -25,9 +25,9 @@ HERE = Path(__file__).resolve().parent
 
 def learners():
     "Rows (name, learner, tasks)."
-    from ssm_metarl.envs import sample_tasks
     from ssm_metarl.checkpoints import make_learner
-from ssm_metarl.config import CONFIGS
+    from ssm_metarl.config import CONFIGS
+    from ssm_metarl.envs import sample_tasks
     def row(name, config, M, **meta):
         config = CONFIGS[config]
         config = replace(config, meta=replace(config.meta, tasks_per_batch=M, **meta))

@@ -121,7 +121,8 @@ class AdaptationStrategy:
 STRATEGIES = Registry(
     'strategy', 'strategy', 'register_adaptation_strategy', AdaptationStrategy,
     dict(none='adapter') | dict.fromkeys(
-        ('norm', 'tent', 't3a', 'eata', 'sar', 'ttt', 'kl_anchor'), 'strategies'))
+        ('norm', 'tent', 't3a', 'eata', 'sar', 'ttt', 'kl_anchor'), 'strategies'),
+    home=__name__)
 
 
 def register_adaptation_strategy(

@@ -7,6 +7,7 @@ __all__ = ['FORMAT', 'FORMAT_VERSION', 'CheckpointError', 'save_checkpoint', 'lo
            'load_learner', 'load_policy']
 
 # %% ../nbs/08a_checkpoints.ipynb #08a10003
+import textwrap
 from dataclasses import asdict, replace
 from math import prod
 from pathlib import Path
@@ -77,27 +78,32 @@ def _check_stored(header, stored):  # before any number is read
 def _check_state(state):  # what the numbers must be; all of them are finite
     step = int(state['step'])
     if step < 0: raise ValueError(f'step={step} is negative')
-    averages = [k for k in state if k.startswith('optimizer/')]
-    if bool(step) != bool(averages):
-        raise ValueError(f"there are {len(averages)} averages of Adam after {step} steps")
-    for k in averages:
+    kept = [k for k in state if k.startswith('optimizer/')]  # counters and averages of Adam
+    if bool(step) != bool(kept):
+        raise ValueError(f'it holds {len(kept)} arrays of Adam after {step} outer steps')
+    for k in kept:
         counts, squares = k.endswith('/step'), k.endswith('/exp_avg_sq')
         if counts and state[k] % 1 or (counts or squares) and np.any(state[k] < 0):
             raise ValueError(f'{k} holds what Adam cannot have written')
-    counts = [int(state[k]) for k in averages if k.endswith('/step')]
+    counts = [int(state[k]) for k in kept if k.endswith('/step')]
     if min(step, 2**24) > max(counts, default=0):  # float32 counts no further than 2**24
         raise ValueError(f'step={step}, but Adam has made {max(counts, default=0)} steps')
+
+
+def _misfit(path, said):  # an error that names the file, in one line
+    name = str(path) if str(path).isprintable() else repr(str(path))
+    return CheckpointError(f'checkpoint: {name} {said}')
 
 
 def load_checkpoint(
     path: Path, # .npz file
 ) -> tuple: # ExperimentConfig, learner state
     "Read a checkpoint; CheckpointError says, in one line, what is wrong with it."
-    try:
-        header, state = read_npz(path, FORMAT, FORMAT_VERSION, _check_stored, finite=True)
-        _check_state(state)
-        return _config_in(header), state
+    try: header, state = read_npz(path, FORMAT, FORMAT_VERSION, _check_stored, finite=True)
     except ValueError as error: raise CheckpointError(f'checkpoint: {error}') from None
+    try: _check_state(state)
+    except ValueError as error: raise _misfit(path, f'is of no use: {error}') from None
+    return _config_in(header), state
 
 # %% ../nbs/08a_checkpoints.ipynb #08a10018
 def check_device(
@@ -106,14 +112,17 @@ def check_device(
     "Raises ValueError unless numbers can be computed there."
     try: torch.ones(1, device=device).item()
     except Exception as error:  # PyTorch raises many kinds, and a back end may be a missing module
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
-        raise ValueError(f'device={str(device)!r:.80} cannot be used: {reason}') from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = textwrap.shorten(reason, 90, placeholder=' ...')
+        raise ValueError(f'device={str(device)!r:.80} cannot be used ({reason}); take cpu, or cuda '
+                         'on a machine with a GPU') from None
 
 # %% ../nbs/08a_checkpoints.ipynb #08a10019
 def make_learner(
     config: ExperimentConfig, # of the run
     state: dict = None, # from a checkpoint; None: start afresh
     device: str = 'cpu', # where to compute
+    source: str | Path = 'the state', # the file that it comes from, for messages
 ) -> MetaLearner:
     "The learner of an experiment; CheckpointError if the state does not fit the config."
     check_device(device)
@@ -122,31 +131,32 @@ def make_learner(
     if state is None: return learner
     try: learner.load_state_dict(state)
     except (ValueError, KeyError) as error:
-        raise CheckpointError('the checkpoint does not fit the config; leave out --config to use '
-                              f'its own ({error})') from None
+        raise _misfit(source, 'does not fit the config; leave out --config to use its own '
+                              f'({error})') from None
     return learner
 
 # %% ../nbs/08a_checkpoints.ipynb #08a10027
 def load_learner(
     checkpoint: Path, # written by `train`
-    config: ExperimentConfig = None, # None: the one in the checkpoint
+    config: ExperimentConfig = None, # to use it in; None: the one in the checkpoint
     seed: int = None, # of tasks and noise; None: the checkpoint's
     device: str = 'cpu', # where to compute
 ) -> tuple: # MetaLearner, ExperimentConfig
-    "The learner of a checkpoint."
+    """The learner of a checkpoint, and the config in use: the one given, with the checkpoint's seed
+    (or `seed`), and with the checkpoint's `learner` and `meta` if it names another learner."""
     own, state = load_checkpoint(checkpoint)
     config = own if config is None else config
     if config.learner != own.learner: config = replace(config, learner=own.learner, meta=own.meta)
     config = replace(config, seed=own.seed if seed is None else seed)
-    return make_learner(config, state, device), config
+    return make_learner(config, state, device, checkpoint), config
 
 # %% ../nbs/08a_checkpoints.ipynb #08a10028
 def load_policy(
     checkpoint: Path, # written by `train`
-    config: ExperimentConfig = None, # None: the one in the checkpoint
+    config: ExperimentConfig = None, # to use it in; None: the one in the checkpoint
     seed: int = None, # of tasks and noise; None: the checkpoint's
     device: str = 'cpu', # where to compute
 ) -> tuple: # SSMMetaPolicy, meta-parameters, ExperimentConfig
-    "The meta-trained policy of a checkpoint."
+    "The meta-trained policy of a checkpoint; `config` and `seed` count as in `load_learner`."
     learner, config = load_learner(checkpoint, config, seed, device)
     return learner.policy, {k: v.detach() for k, v in learner.params.items()}, config

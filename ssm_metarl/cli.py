@@ -34,7 +34,7 @@ from .files import to_json, writable_folder
 from .pipeline import check_episodes, evaluate, evaluate_with_adaptation
 from .policy_adaptation import check_adaptation
 from .registry import PLUGINS, REGISTRIES, load_installed_plugins, load_plugin
-from .training import Schedule, read_log, train
+from .training import Schedule, read_log, stop_if_asked, train
 
 # %% ../nbs/08e_command_line.ipynb #08e10013
 class BadRequest(Exception): "What was asked for wrongly, in words for the user."
@@ -377,7 +377,7 @@ class RunExperiment(Command):
 # %% ../nbs/08e_command_line.ipynb #08e10032
 @dataclass(frozen=True)
 class Demo(Command):
-    "Train, evaluate and adapt a small policy in about a minute, and draw what adaptation did."
+    "Train, evaluate and adapt a small policy, and draw what adaptation did."
     out: Path = Path('checkpoints/demo') # folder for checkpoints, log and adaptation.png
 
     def run(self):
@@ -386,7 +386,9 @@ class Demo(Command):
         figure = self.out / 'adaptation.png'
         check_figure(figure)
         config = replace(CONFIGS['basic'], time_limit=100)
-        checkpoint = train(config, self.out, progress=_watched())['checkpoint']
+        trained = train(config, self.out, progress=_watched())
+        stop_if_asked(trained)
+        checkpoint = trained['checkpoint']
         before = evaluate(checkpoint, episodes=50)
         result = evaluate_with_adaptation(checkpoint, episodes=50, progress=_watched())
         after = result.summary()

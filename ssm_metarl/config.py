@@ -60,17 +60,18 @@ class ExperimentConfig:
                                  core=self.policy.core, strategy=self.adapt.strategy))
 
 # %% ../nbs/08_config.ipynb #08c10013
-CONFIGS = Registry('config', 'config', 'register_config')
+CONFIGS = Registry('config', 'config', 'register_config', home=__name__)
 
 
 def register_config(
     name: str, # for `--config`
 ): # decorator of a function without arguments that returns an ExperimentConfig
-    "Give a configuration a name. Raises ValueError for a name that is taken."
+    """Give a configuration a name; `list` shows how the function's docstring begins. Raises
+    ValueError for a name that is taken."""
     def decorate(make):
         config = make()
         if not isinstance(config, ExperimentConfig):
-            raise TypeError(f'{make.__qualname__} returns {config!r:.80}, which is no '
+            raise TypeError(f'{make.__qualname__} returns {config!r:.80}, not an '
                             'ExperimentConfig')
         CONFIGS.add(name, config, make)
         return make
@@ -79,6 +80,7 @@ def register_config(
 # %% ../nbs/08_config.ipynb #08c10014
 @register_config('basic')
 def _basic():
+    "Point navigation with MAML, small: for a first try."
     meta = MetaConfig(outer_steps=50, tasks_per_batch=8, inner_steps=1, inner_lr=1e-2)
     return ExperimentConfig(seed=42, env_name='MetaGymToy-v0', num_envs=8, time_limit=200,
                             meta=meta, adapt=AdaptConfig(steps=5, lr=1e-2))
@@ -86,6 +88,7 @@ def _basic():
 # %% ../nbs/08_config.ipynb #08c10016
 @register_config('nav2d')
 def _nav2d():
+    "MAML on the point navigation of Finn et al. (2017)."
     meta = MetaConfig(outer_steps=200, tasks_per_batch=20, inner_steps=1, inner_lr=0.1,
                       outer_lr_decay=True)
     return ExperimentConfig(seed=42, env_name='MetaGymToy-v0', num_envs=20, time_limit=100,
@@ -95,6 +98,7 @@ def _nav2d():
 
 @register_config('nav2d-rotated')
 def _nav2d_rotated():
+    "As nav2d, but a hidden angle turns the actions."
     return replace(_nav2d(), env_options={'rotation': math.pi},
                    policy=PolicyConfig(hidden_dim=32, state_dim=16, history=True))
 
@@ -120,24 +124,31 @@ def learn_in_memory(
 # %% ../nbs/08_config.ipynb #08c10019
 @register_config('bandit-dependent')
 def _dependent():
+    "RL² on two arms with chances p and 1 - p, 30 pulls."
     return learn_in_memory('MetaBandit-v0', {'arms': 2, 'dependent': True}, 30, 300)
 
 
 @register_config('bandit-independent')
-def _independent(): return learn_in_memory('MetaBandit-v0', {'arms': 2}, 30, 600)
+def _independent():
+    "RL² on two independent arms, 30 pulls."
+    return learn_in_memory('MetaBandit-v0', {'arms': 2}, 30, 600)
 
 
 @register_config('bandit-10-5')
-def _bandit_10(): return learn_in_memory('MetaBandit-v0', {'arms': 5}, 10, 1500)
+def _bandit_10():
+    "RL² on five arms, 10 pulls."
+    return learn_in_memory('MetaBandit-v0', {'arms': 5}, 10, 1500)
 
 
 @register_config('bandit-100-5')
 def _bandit_100():
+    "RL² on five arms, 100 pulls."
     return learn_in_memory('MetaBandit-v0', {'arms': 5}, 100, 2500, num_envs=1, gae_lambda=0.98)
 
 
 @register_config('mdp-10')
 def _mdp():
+    "RL² on random MDPs, 10 episodes in a trial."
     config = learn_in_memory(
         'MetaTabularMDP-v0', {}, 10, 1000, episodes_per_trial=10, num_envs=1, tasks_per_batch=128,
         outer_epochs=4, outer_lr=2e-3, gae_lambda=0.5, entropy_coef=0.01)
@@ -152,7 +163,8 @@ def config_from_dict(
     """A config with some values replaced. Raises ValueError for a field that is unknown, or
     missing, or that holds a value of the wrong type."""
     cls, kinds = type(base), typing.get_type_hints(type(base))
-    if not isinstance(data, dict): raise ValueError(f'{cls.__name__}={data!r:.80} is no table')
+    if not isinstance(data, dict):
+        raise ValueError(f'{cls.__name__} must be a table, not {data!r:.80}')
     if unknown := sorted(map(str, set(data) - set(kinds))):
         raise ValueError(f'{cls.__name__} has no field {", ".join(unknown)}; '
                          f'it has {", ".join(kinds)}')

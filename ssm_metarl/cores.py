@@ -346,7 +346,7 @@ class CoreNetwork(nn.Module):
         return self.decoder(mixed), state
 
 # %% ../nbs/00b_cores.ipynb #00b0062
-CORES = Registry('memory', 'core', 'register_core')  # of a policy
+CORES = Registry('memory', 'core', 'register_core', home=__name__)  # of a policy
 
 
 def register_core(

@@ -10,6 +10,7 @@ __all__ = ['FAMILIES', 'SPLITS', 'MAX_TASKS', 'MAX_DRAWS', 'Family', 'family_cla
 # %% ../nbs/02_envs.ipynb #020003
 import inspect
 import secrets
+import typing
 import zlib
 from dataclasses import dataclass, field, fields
 
@@ -125,7 +126,8 @@ FAMILIES = _Families('family', 'env_name', 'register_family', Family, {  # the m
     'MetaGymToy-v0': 'envs',
     'MetaBandit-v0': 'bandits', 'MetaTabularMDP-v0': 'bandits',
     'MetaCartPole-v0': 'control', 'MetaPendulum-v0': 'control',
-    'MetaHalfCheetahDir-v0': 'gymnasium_envs', 'MetaHalfCheetahVel-v0': 'gymnasium_envs'})
+    'MetaHalfCheetahDir-v0': 'gymnasium_envs', 'MetaHalfCheetahVel-v0': 'gymnasium_envs'},
+    home=__name__)
 
 
 def family_class(
@@ -297,6 +299,17 @@ def plain(
 def _is_integer(value): return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _check_option(family, option, value):  # option: a parameter of the family's constructor
+    kinds = typing.get_args(option.annotation) or (option.annotation,)
+    if not all(kind in (int, float, bool, str, type(None)) for kind in kinds):
+        return  # of such a type, only the family can tell
+    fits = type(value) in kinds or type(value) is int and float in kinds
+    if fits or value is option.default: return
+    raise ValueError(f'{option.name}={value!r:.80} is not of type '
+                     f'{" or ".join(kind.__name__ for kind in kinds)}, as this option of '
+                     f'{family!r} must be')
+
+
 @dataclass(frozen=True)
 class EnvConfig:
     "Which environments, how many, how long, and their seed. Raises ValueError for what cannot be."
@@ -312,7 +325,7 @@ class EnvConfig:
             object.__setattr__(self, f.name, plain(getattr(self, f.name), f.name))
         for name in ('num_envs', 'time_limit', 'episodes_per_trial'):
             value = getattr(self, name)
-            if not _is_integer(value) or not 1 <= value < 2**31:
+            if not _is_integer(value) or not 1 <= value < 2**31:  # as `COUNT_LIMIT`
                 raise ValueError(f'{name}={value!r} is not a positive integer (below 2**31)')
         if not _is_integer(self.seed) or not 0 <= self.seed < 2**63:
             raise ValueError(f'seed={self.seed!r} is not an integer >= 0 and below 2**63')
@@ -334,6 +347,8 @@ class EnvConfig:
             known = ', '.join(signature.parameters) or 'none'
             raise UnknownOption(f'options={self.options}: {error}; '
                                 f'options of {self.env_name!r} are {known}') from None
+        for name in self.options.keys() & signature.parameters.keys():
+            _check_option(self.env_name, signature.parameters[name], self.options[name])
         return cls(**self.options)
 
     @property

@@ -31,7 +31,7 @@ from .files import as_saved, to_json, writable_folder, write_text_whole
 from .meta_learner import MetaLearner
 from .pipeline import evaluate_with_adaptation
 from .registry import Registry, used_plugins
-from .training import provenance, read_log, train
+from .training import provenance, read_log, stop_if_asked, train
 
 # %% ../nbs/08d_experiments.ipynb #08d10024
 def _row_file(variant, seed): return f'{variant.replace(" ", "-")}_{seed}.json'
@@ -71,7 +71,7 @@ class Experiment:
         return replace(config, seed=seed, meta=replace(config.meta, **meta))
 
 # %% ../nbs/08d_experiments.ipynb #08d10026
-EXPERIMENTS = Registry('experiment', 'experiment', 'register_experiment')
+EXPERIMENTS = Registry('experiment', 'experiment', 'register_experiment', home=__name__)
 
 
 def register_experiment(
@@ -80,7 +80,8 @@ def register_experiment(
     """Add an experiment to the registry. Raises TypeError if the function returns something else,
     ValueError for a name that is taken."""
     if not isinstance(name, str):
-        raise TypeError(f"name={name!r:.80} is no text; write @register_experiment('a name')")
+        raise TypeError(f'name must be text, not {name!r:.80}; '
+                        "write @register_experiment('a name')")
     def decorate(make):
         experiment = make()
         if not isinstance(experiment, Experiment):
@@ -232,9 +233,11 @@ def run_variant(
     device: str = 'cpu', # where to compute
 ) -> dict: # what was measured and with what, with plain values
     """Train one variant with one seed (or go on), choose a checkpoint on validation tasks, adapt
-    to test tasks. Raises RuntimeError for a checkpoint that cannot be read."""
+    to test tasks. Raises RuntimeError for a checkpoint that cannot be read, Stopped after a
+    signal, also one in the last step of the training."""
     trained = train(config, folder, resume=_goes_on(folder), device=device, progress=progress,
                     eval_every=0)  # the checkpoint is chosen below
+    stop_if_asked(trained)
     paths = _checkpoint_choices(experiment, config, folder)
     validation = validation_returns(paths, config, experiment.validation, device)
     best = max(validation, key=validation.get, default=config.meta.outer_steps)

@@ -271,7 +271,7 @@ class GymnasiumFamily(Family):
         env = self.plain_env()
         space = env.observation_space
         if why := obstacle(space):
-            raise ValueError(f'{self.env_id}: {why[:160]}, and that is no vector of numbers; '
+            raise ValueError(f'{self.env_id}: {why[:160]}, which is not a vector of numbers; '
                              'override plain_env with a wrapper that leaves it out or encodes it, '
                              'such as gymnasium.wrappers.FilterObservation')
         vector = isinstance(space, spaces.Box) and len(space.shape) == 1

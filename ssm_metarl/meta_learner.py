@@ -29,12 +29,13 @@ from .rollout import (Trajectories, discounted_sum,
 from .policy_gradient import (SURROGATES, advantages,
     gae, linear_baseline, policy_surrogate)
 from .registry import Registry
-from .files import plain_numbers
+from .files import check_counts, plain_numbers
 from .ranks import (gather_chunks, share, sum_gradients, task_chunks,
     total, unanimous)
 
 # %% ../nbs/03e_learner.ipynb #03e0009
-OUTER = ('ppo', 'trpo')  # outer steps
+# kinds of outer steps: several of Adam with a clipped ratio (PPO); one in a trust region (TRPO)
+OUTER = ('ppo', 'trpo')
 
 
 def _require(config, ok, what, *names):  # ValueError for the first of these fields that is not ok
@@ -55,10 +56,10 @@ class MetaConfig:
     outer_lr: float = 3e-3 # beta, step size of Adam on the meta-parameters
     first_order: bool = False # leave out second derivatives (FOMAML)
     head: str = 'action.* log_std' # what ANIL adapts: patterns as of `fnmatch`, blanks between
-    surrogate: str = 'ratio' # inner loss: 'ratio' (LVC), 'dice' or 'logprob'
+    surrogate: str = 'ratio' # inner loss, one of policy_gradient.SURROGATES; the default is LVC
     gamma: float = 0.99 # discount of the advantages
     gae_lambda: float = 1.0 # lambda of GAE
-    outer: str = 'ppo' # several steps of Adam with a clipped ratio; 'trpo': one, in a trust region
+    outer: str = 'ppo' # outer step, one of meta_learner.OUTER: PPO's or TRPO's
     outer_lr_decay: bool = False # let outer_lr fall to 0 in a straight line
     outer_epochs: int = 3 # Adam steps on each batch of trajectories
     clip: float = 0.2 # range of the outer ratio (PPO)
@@ -94,11 +95,13 @@ class MetaConfig:
         shares = 'gamma', 'gae_lambda', 'entropy_fade'
         _require(self, lambda v: v >= 1, 'a positive integer', *counts)
         _require(self, lambda v: v <= MAX_TASKS, f'at most {MAX_TASKS:,}', 'tasks_per_batch')
+        check_counts(self, *counts)  # none is too large
         _require(self, lambda v: 0 < v < inf, 'positive and finite', *sizes)
         _require(self, lambda v: 0 <= v <= 1, 'between 0 and 1', *shares)
         weights = 'entropy_coef', 'inner_kl'
         _require(self, lambda v: 0 <= v < inf, 'finite and at least 0', *weights)
         _require(self, lambda v: v >= 0, 'an integer of at least 0', 'tasks_per_chunk')
+        check_counts(self, 'tasks_per_chunk', least=0)
 
     def _check_combinations(self):
         if self.compile and self.entropy_fade:
@@ -190,7 +193,8 @@ class LearnerState:
     @contextmanager
     def all_or_nothing(self):
         """If an exception leaves the block, the learner is as it was before it, bit for bit; with
-        several ranks on all of them, and those that did not fail raise PeerError."""
+        several ranks on all of them, and those that did not fail raise PeerError. Outside
+        `Stops`, a second Ctrl-C may strike while the step is undone; then load a saved state."""
         before = self.state_dict()
         try:
             with unanimous(): yield
@@ -328,13 +332,13 @@ class MetaLearner(AdamSteps, LearnerState, ABC):
         return {k: v.detach() for k, v in adapted.items()}
 
 # %% ../nbs/03e_learner.ipynb #03e0r001
-LEARNERS = Registry('learner', 'learner', 'register_learner', MetaLearner)
+LEARNERS = Registry('learner', 'learner', 'register_learner', MetaLearner, home=__name__)
 
 
 def register_learner(
-    name: str, # for `ExperimentConfig`: 'maml'
+    name: str, # for the field `learner` of `ExperimentConfig`
 ): # class decorator
-    "Make a learner known by name. Raises ValueError for a taken name, TypeError if it is none."
+    "Make a learner known by name. Raises ValueError for a taken name, TypeError for another class."
     return LEARNERS.register(name)
 
 # %% ../nbs/03e_learner.ipynb #03e0034

@@ -323,12 +323,12 @@ def seed_count(
     return (f'{few} to ' if few < many else '') + f'{many} seed' + 's' * (many > 1)
 
 
-def draw_variant(ax, row, shift, colour):  # IQM after each step, bars (nested bootstrap) and a thin line (t over seeds), where there are some
+def draw_variant(ax, row, shift, **style):  # IQM after each step, bars (nested bootstrap) and a thin line (t over seeds), where there are some
     y, steps = np.array(row['iqm'], float), np.arange(len(row['iqm'])) + shift
     bars, t = (np.array(row.get(key) or [[None, None]] * len(y), float).T for key in ('iqm_ci95', 'iqm_t95'))  # [2, steps]; None becomes nan
-    ax.vlines(steps, *t, color=colour, lw=.8, alpha=.6)
+    ax.vlines(steps, *t, color=style['color'], lw=.8, alpha=.6)
     alone = ' (bars: tasks of one seed)' if len(row['seeds']) == 1 else ''
-    ax.errorbar(steps, y, np.abs(bars - y), fmt='o-', color=colour, ms=4, lw=1.5, capsize=3, label=f'{row["variant"]}: IQM{alone}')
+    ax.errorbar(steps, y, np.abs(bars - y), marker='o', ms=4, lw=1.5, capsize=3, **style, label=f'{row["variant"]}: IQM{alone}')
 
 
 def plot_experiment(
@@ -336,12 +336,13 @@ def plot_experiment(
     ax = None, # matplotlib axes; None: a new figure
 ): # the axes
     "Return after each step of adaptation, for each variant, beside published figures."
-    ax, table = draw_on(ax), results['table']
-    for i, row in enumerate(table): draw_variant(ax, row, .06 * (i - 1), f'C{i}')  # beside each other
-    for (source, values), mark in zip(results['published'].items(), ('k*', 'kx', 'k+')): ax.plot(range(len(values)), values, mark, ms=9, label=f'{source}: mean')
-    if (nothing := table[0]['references'].get('nothing')) is not None: ax.axhline(nothing, color='0.5', ls=':', label='do nothing')
+    ax, table = draw_on(ax, (6, 3.5)), results['table']
+    for i, row in enumerate(table):  # beside each other
+        draw_variant(ax, row, .06 * (i - 1), color=SERIES[i % len(SERIES)], ls=('-', '--', ':')[i // len(SERIES) % 3])
+    for (source, values), mark in zip(results['published'].items(), '*x+'): ax.plot(range(len(values)), values, mark, color=COLOURS['ink'], ms=9, label=f'{source}: mean')
+    if (nothing := table[0]['references'].get('nothing')) is not None: ax.axhline(nothing, color=COLOURS['ink'], lw=1, ls=REFERENCES['nothing'], label='do nothing')
     ax.set_xticks(range(max(len(row['iqm']) for row in table)))
-    ax.legend(frameon=False, fontsize=8, loc='lower right')
+    ax.figure.legend(*ax.get_legend_handles_labels(), loc='outside lower left', ncols=2, frameon=False, fontsize=9, labelcolor=COLOURS['ink'])
     return dress(ax, f'{results["experiment"]}: {seed_count(table)}', 'gradient steps', 'return (95 % intervals)')
 
 # %% ../nbs/07_plots.ipynb #070069

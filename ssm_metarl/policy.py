@@ -288,7 +288,7 @@ def scale_action(
     action = (action.astype(np.float64) * scale + centre).clip(low, high)
     if space.dtype.kind == 'f': return action.astype(space.dtype)
     if np.isnan(action).any():
-        raise ValueError(f'an action is nan, which is no member of {space}; '
+        raise ValueError(f'an action is nan, which is not in {space}; '
                          'check the policy that chose it')
     # float64 skips some large integers
     return np.rint(action).astype(space.dtype).clip(space.low, space.high)

@@ -21,7 +21,7 @@ from .adapter import AdaptationConfig, Adapter, MetaRLHook, create_adapter, make
 from .envs import EnvConfig
 from .evaluation import (compare, evaluation_trajectories, reference_returns,
                                    reference_row)
-from .files import check_fields, plain_numbers
+from .files import check_counts, check_fields, plain_numbers
 from .inner_loop import stack
 from .meta_learner import MetaConfig
 from .monitors import per_task
@@ -80,6 +80,7 @@ class AdaptConfig:
         if self.online_interval < 2:
             raise ValueError(f'online_interval={self.online_interval} is too short; '
                              'an update needs 2 environment steps or more')
+        check_counts(self, 'steps', 'trajectories', 'online_interval', least=0)
 
     def _refuse_unless_default(self, name, because):
         value, usual = getattr(self, name), getattr(type(self), name)
@@ -168,23 +169,26 @@ class AdaptingPolicies:
                  meta: MetaConfig = MetaConfig(), # the inner loss that was meta-trained
                  config: AdaptConfig = AdaptConfig(), # step size, trajectories, guards
                  deterministic: bool = False, # most likely actions in the evaluated episodes
-                 inner_lr: float | dict = None): # of the learner, as for `adaptation_functions`
+                 inner_lr: float | dict = None, # of the learner, as for `adaptation_functions`
+                 start: int = 0): # global index of the first task
         self.policy, self.tasks, self.env, self.meta = policy, tasks, env, meta
         self.config, self.deterministic, self.inner_lr = config, deterministic, inner_lr
+        self.start = start
         self.adapter = create_adapter(stack(params, len(tasks)), config.guards(),
                                       config.strategy, stacked=True)
 
     def evaluate(self) -> Trajectories: # [M, 1, T]
         "The evaluation episodes, with the noise that they always have."
         return evaluation_trajectories(self.policy, self.adapter.params, self.tasks, self.env,
-                                       self.deterministic)
+                                       self.deterministic, self.start)
 
     def collect(self,
                 k: int, # how many steps came before; it chooses the noise
                ) -> Trajectories: # [M, K, T]
         "Fresh support trajectories."
         env = replace(self.env, num_envs=self.config.trajectories or self.env.num_envs)
-        return collect(self.policy, self.adapter.params, self.tasks, env, 'support', (k,))
+        return collect(self.policy, self.adapter.params, self.tasks, env, 'support', (k,),
+                       self.start)
 
     def step(self,
              support: Trajectories, # what to learn from
@@ -208,7 +212,7 @@ class AdaptingPolicies:
     def go_on(self) -> Trajectories: # [M, 1, T]
         "Play the evaluation episodes and adapt meanwhile."
         return online_episode(self.policy, self.adapter, self.tasks, self.env, self.meta,
-                              self.config, self.deterministic, self.inner_lr)
+                              self.config, self.deterministic, self.inner_lr, self.start)
 
 # %% ../nbs/06a_policy_adaptation.ipynb #06a20050
 @dataclass
@@ -242,7 +246,7 @@ def _rows(tensors, M):  # -> array [n, M]; bool if there is none
 class _Record:  # what adaptation did so far
     def __init__(self, policies, on_step, keep_paths):
         self.policies, self.on_step = policies, on_step
-        self.references = reference_returns(policies.tasks, policies.env)
+        self.references = reference_returns(policies.tasks, policies.env, policies.start)
         self.paths = [] if keep_paths else None
         self.returns, self.drift, self.kept, self.before = [], [], [], None
 
@@ -283,11 +287,13 @@ def adapt_policy(
     inner_lr: float | dict = None, # of the learner, as for `adaptation_functions`
     on_step: Callable = None, # (k, AdaptationResult so far), after k = 0, 1, ... steps
     keep_paths: bool = False, # keep the evaluation episodes of all steps, as `paths`
+    start: int = 0, # global index of the first task, which chooses the noise
 ) -> AdaptationResult:
     """Adapt to M tasks by a line search on fresh trajectories (Armijo, 1966), and evaluate on the
     same episode after every step. An error in `on_step` ends it; policy and `params` never change.
     """
-    policies = AdaptingPolicies(policy, params, tasks, env, meta, config, deterministic, inner_lr)
+    policies = AdaptingPolicies(policy, params, tasks, env, meta, config, deterministic, inner_lr,
+                                start)
     record = _Record(policies, on_step, keep_paths)
     record.add()
     support = policies.collect(0)
@@ -349,9 +355,10 @@ def online_episode(
     config: AdaptConfig, # how often
     deterministic: bool = False, # most likely actions
     inner_lr: float | dict = None, # of the learner, as for `adaptation_functions`
+    start: int = 0, # global index of the first task
 ) -> Trajectories: # the evaluation episodes, [M, 1, T]
     "Play the evaluation episodes and go on adapting meanwhile."
-    episode = Rollout(policy, tasks, replace(env, num_envs=1), 'evaluation',
+    episode = Rollout(policy, tasks, replace(env, num_envs=1), 'evaluation', start=start,
                       deterministic=deterministic)
     traj = episode.run(adapter.params, min(config.online_interval, env.trial_length))
     while left := env.trial_length - traj.reward.shape[-1]:

@@ -41,12 +41,13 @@ class Registry(dict):
                  field: str, # of a configuration in which a name stands: 'core'
                  decorator: str, # what adds to it: 'register_core'
                  base: type = None, # of which its classes are subclasses; None: of any
-                 entries: dict = {}): # name -> value, or the module of this library that adds it
-        super().__init__(entries)
+                 entries: dict = None, # name -> value, or the module of this library that adds it
+                 home: str = ''): # __name__; a module of the library enters it into `REGISTRIES`
+        super().__init__(entries or {})
         self.kind, self.field, self.decorator = kind, field, decorator
         self.base = base
         self.makers, self.origins = {}, {}  # name -> what was decorated; the plug-in that did it
-        REGISTRIES[field] = self
+        if home.startswith('ssm_metarl.'): REGISTRIES[field] = self
 
     def add(self,
             name: str, # new, or that of the same definition
@@ -56,7 +57,7 @@ class Registry(dict):
         maker = value if maker is None else maker
         if owner := self._taken(name, maker):
             raise ValueError(f'{self.kind} {name!r} is registered already, by {owner}; '
-                             f'choose a name beside {self.known()}')
+                             f'choose a name other than {self.known()}')
         if self.get(name) is value: return  # it is there already, wherever it came from
         reserved = isinstance(self.get(name), str)  # for a module that a plug-in may have imported
         self[name], self.makers[name] = value, maker
@@ -65,9 +66,10 @@ class Registry(dict):
 
     def register(self,
                  name: str): # class decorator
-        "Raises TypeError for a name that is no text, and for a class of another kind."
+        "Raises TypeError for a name that is not text, and for a class of another kind."
         if not isinstance(name, str):
-            raise TypeError(f"name={name!r:.80} is no text; write @{self.decorator}('a name')")
+            raise TypeError(f'name must be text, not {name!r:.80}; '
+                            f"write @{self.decorator}('a name')")
         def decorate(cls):
             if self.base and not (isinstance(cls, type) and issubclass(cls, self.base)):
                 raise TypeError(f'{getattr(cls, "__name__", cls)!s:.80} is not a subclass of '
@@ -216,20 +218,21 @@ def load_installed_plugins() -> list: # of errors, one line each
 
 # %% ../nbs/00_registry.ipynb #00r00026
 def used_plugins(
-    names: dict, # field of a configuration -> name: {'core': 'ring'}
+    names: dict, # field of a configuration -> name: {'core': 'ring'}; unknown fields do not count
 ) -> list: # names of plug-ins, sorted
     "Where these names come from, as far as they do not come with the library."
-    origins = (REGISTRIES[field].origins.get(name) for field, name in names.items())
+    known = {field: name for field, name in names.items() if field in REGISTRIES}
+    origins = (REGISTRIES[field].origins.get(name) for field, name in known.items())
     return sorted({origin for origin in origins if origin})
 
 # %% ../nbs/00_registry.ipynb #65b05e5a
 def missing_plugins(
     names: list, # of plug-ins, as a file gives them
 ) -> str: # which of them are not loaded, and what to do; '' if all are
-    "Imports nothing. Raises ValueError for what is no list of names."
+    "Imports nothing. Raises ValueError if they are not a list of names."
     fits = isinstance(names, list) and len(names) <= 100
     if not fits or not all(isinstance(name, str) and 0 < len(name) <= 255 for name in names):
-        raise ValueError(f'plugins={repr(names)[:80]} is no list of names of plug-ins')
+        raise ValueError(f'plugins must be a list of names, not {repr(names)[:80]}')
     missing = [name for name in names if name not in PLUGINS]
     if not missing: return ''
     places = [f'PATH/{name}' if name.lower().endswith('.py') else name for name in missing]

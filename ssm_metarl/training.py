@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['source_commit', 'cpu_model', 'provenance', 'read_log', 'validate', 'Schedule', 'newest_checkpoint', 'resume_state',
            'set_aside', 'log_until', 'validation_scores', 'Run', 'keep_newest', 'TrainingStopped', 'show_step',
-           'progress_bar', 'train', 'summary']
+           'progress_bar', 'train', 'summary', 'stop_if_asked']
 
 # %% ../nbs/08b_training.ipynb #08b10003
 import functools
@@ -27,13 +27,13 @@ import torch
 import ssm_metarl
 from .checkpoints import CheckpointError, load_checkpoint, make_learner, save_checkpoint
 from .config import ExperimentConfig
-from .envs import sample_tasks
+from .envs import MAX_TASKS, sample_tasks
 from .evaluation import bootstrap_interval
-from .files import (append_line, folder_lock, read_lines, to_json, writable_folder,
-                              write_text_whole)
+from .files import (COUNT_LIMIT, append_line, folder_lock, read_lines, to_json,
+                              writable_folder, write_text_whole)
 from .meta_learner import MetaLearner
 from .policy_adaptation import AdaptConfig, adapt_policy, check_adaptation
-from .ranks import agree, joined, rank, require_same, unanimous
+from .ranks import agree, by_shares, joined, rank, require_same, unanimous
 from .stops import Stopped, Stops
 
 # %% ../nbs/08b_training.ipynb #08b10011
@@ -88,14 +88,20 @@ def validate(
     config: ExperimentConfig, # of the run
     tasks: int = 10, # validation tasks
 ) -> dict: # pre, post: mean returns before and after adaptation, with intervals; {}: no such tasks
-    "How a learner does on validation tasks."
+    """How a learner does on validation tasks. Of several processes each plays its share, and all
+    get all results. Raises PeerError if another one fails."""
     env = replace(config.env, seed=config.env.seed + 1_000_000)  # other tasks than in tests
     if 'validation' not in env.tasks.splits: return {}
     params = {k: v.detach() for k, v in learner.params.items()}
     adapt = replace(config.adapt, online=False, online_interval=AdaptConfig.online_interval)
-    result = adapt_policy(learner.policy, params, sample_tasks(env, tasks, 'validation'), env,
-                          config.meta, adapt, inner_lr=learner.inner_lr)
-    pre, post = result.returns_by_step[0], result.returns_by_step[-1]
+
+    def returns(some, first):  # of a share of the tasks, before and after adaptation, [m, 2]
+        result = adapt_policy(learner.policy, params, some, env, config.meta, adapt,
+                              inner_lr=learner.inner_lr, start=first)
+        return torch.from_numpy(result.returns_by_step[[0, -1]].T)
+
+    with unanimous():
+        pre, post = by_shares(returns, sample_tasks(env, tasks, 'validation')).numpy().T
     intervals = {f'{k}_ci95': list(bootstrap_interval(v)) if len(v) > 1 else None
                  for k, v in (('pre', pre), ('post', post))}
     return dict(pre=float(pre.mean()), post=float(post.mean())) | intervals | dict(tasks=tasks)
@@ -113,8 +119,10 @@ class Schedule:
     def __post_init__(self):
         for f in fields(self):
             value, least = getattr(self, f.name), int(f.name == 'eval_tasks')
-            if f.type is int and (type(value) is not int or not least <= value < 2**31):
-                raise ValueError(f'{f.name}={value!r:.40} is not an integer of at least {least}')
+            most = MAX_TASKS if least else COUNT_LIMIT - 1
+            if f.type is int and (type(value) is not int or not least <= value <= most):
+                raise ValueError(f'{f.name}={value!r:.40} is not an integer from {least} to '
+                                 f'{most:,}')
         if self.patience and not self.eval_every:
             raise ValueError(f'patience={self.patience} is not used with eval_every=0')
         if self.eval_tasks != Schedule.eval_tasks and not self.eval_every:
@@ -236,13 +244,13 @@ class Run:
         self.config, self.folder, self.schedule = config, Path(folder), schedule
         start = newest_checkpoint(folder) if resume else None
         state = None if start is None else resume_state(start, config)
-        self.learner = make_learner(config, state, device)
+        self.learner = make_learner(config, state, device, start)
         check_adaptation(config.learner, self.learner.inner_lr, config.adapt)  # now, not later
         self.history = [] if state is None else log_until(folder, self.learner.step)
         self.state = self.learner.state_dict()  # after the last whole step
         is_latest = start is not None and start.name == 'latest.npz'
         self.saved = self.done if is_latest else None  # step of `latest.npz`
-        self.resumed, self.began = resume, False
+        self.resumed, self.began, self.late = resume, False, []  # late: signals in the last step
         self.note = dict(provenance=provenance(device))  # into the first line
         last = self.history[-1] if self.history else {}  # earlier sessions count
         self.clock = time.monotonic() - last.get('wall_s', 0)
@@ -349,7 +357,7 @@ def _finish_or_save(run, stops, bar, writer):
     finally:
         with stops.shielded():
             if rank() == 0: run.save_latest()
-    if run.over: stops.signals.clear()  # nothing is left to be stopped
+    if run.over: run.late, stops.signals = stops.signals, []  # nothing is left to be stopped
 
 # %% ../nbs/08b_training.ipynb #08b10033
 def show_step(
@@ -428,14 +436,23 @@ def summary(
 ) -> dict: # plain values
     """What a training did: outer_steps, wall_s, cpu_s (of this process), env_steps,
     final_pre_return and final_post_return (means of the last 10 steps), checkpoint,
-    best_checkpoint (None without validation)."""
+    best_checkpoint (None without validation), and interrupted_by ('SIGINT', 'SIGTERM') if a
+    signal came in the last step."""
     def recent(name):
         found = [line[name] for line in run.history[-10:]]
         return float(np.mean(found, dtype=float)) if found else None
     best, last = run.folder / 'best.npz', run.history[-1] if run.history else {}
     has_best = bool(validation_scores(run.history, run.config.learner)) and best.exists()
+    late = dict(interrupted_by=signal.Signals(run.late[0]).name) if run.late else {}
     return dict(outer_steps=run.done, wall_s=last.get('wall_s'), cpu_s=last.get('cpu_s'),
                 env_steps=sum(line['env_steps'] for line in run.history),
                 final_pre_return=recent('pre_return'), final_post_return=recent('post_return'),
                 checkpoint=str(run.folder / 'latest.npz'),
-                best_checkpoint=str(best) if has_best else None)
+                best_checkpoint=str(best) if has_best else None) | late
+
+# %% ../nbs/08b_training.ipynb #08b1036b
+def stop_if_asked(
+    done: dict, # of `train`
+) -> None:
+    "Raises Stopped if a signal came in the last step of a training."
+    if name := done.get('interrupted_by'): raise Stopped(signal.Signals[name])

@@ -847,5 +847,5 @@ def test_a_cell_that_registers_a_strategy_runs_twice(registry):
     assert module.STRATEGIES['mine'] is second is not first
     assert cell(module='my_package.mine') is module.STRATEGIES['mine']  # the notebook's class, and the module's that is made from it
     for name, where in (('Mine', 'another_package'), ('Other', '__main__')):
-        with pytest.raises(ValueError, match='registered already, by my_package.mine.Mine; choose a name beside'): cell(name, where)
+        with pytest.raises(ValueError, match='registered already, by my_package.mine.Mine; choose a name other than'): cell(name, where)
     with pytest.raises(TypeError, match="write @register_adaptation_strategy"): register_adaptation_strategy(first)

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ssm_metarl import training
+from ssm_metarl import cli, training
+from ssm_metarl.config import CONFIGS
 from ssm_metarl.envs import sample_tasks
 from ssm_metarl.cli import main
 
@@ -84,6 +85,12 @@ def test_interrupted_and_resumed(trained, tmp_path):
         for k in set(whole.files) - {'header'}: assert whole[k].tobytes() == parts[k].tobytes(), k
 
 
+def test_a_signal_in_the_last_training_step_stops_the_demo(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, 'train', lambda *args, **options: dict(interrupted_by='SIGINT', checkpoint=str(tmp_path / 'latest.npz')))
+    assert main(['demo', '--out', str(tmp_path)]) == 130
+    assert capsys.readouterr() == ('', 'ssm-metarl: stopped by SIGINT\n')
+
+
 def test_resume_after_a_stop(trained, tmp_path):
     words = ['train', '--seed', 3, '--tasks-per-batch', 2, '--num-envs', 3, '--time-limit', 12, '--ckpt-dir', tmp_path]
     answer(*words, '--outer-steps', 10), answer(*words, '--outer-steps', 11, '--resume')
@@ -116,10 +123,16 @@ def bad_files(folder, checkpoint):
     ('eval --checkpoint {f}/short.npz', 1, 'is damaged'),
     ('adapt --checkpoint {f}/text.npz', 1, 'is damaged'),
     ('adapt --checkpoint {f}/foreign.npz', 1, 'is not a ssm_metarl checkpoint'),
-    ('eval --checkpoint {c} --config nav2d', 1, 'does not fit the config'),
+    ('eval --checkpoint {c} --config nav2d', 1, 'latest.npz does not fit the config'),
     ('train --config bsaic', 2, "'bsaic' is not one of 'basic', 'nav2d'"),
     ('train --config {f}/no.toml', 2, 'no such file'),
     ('train --env-name Nowhere-v0', 2, "'Nowhere-v0' is not one of"),
+    ('train --outer-steps 1000000000000000000000000000000', 2, 'outer_steps=1000000000000000000000000000000 is too large; take a number below 2**31 = 2,147,483,648'),
+    ('train --adapt.steps 2147483648', 2, 'steps=2147483648 is too large'),
+    ('train --env-options rotation x', 2, "rotation='x' is not of type float, as this option of 'MetaGymToy-v0' must be"),
+    ('train --env-options.rotation True', 2, 'rotation=True is not of type float'),
+    ('train --env-name MetaBandit-v0 --env-options arms 2.5', 2, "arms=2.5 is not of type int, as this option of 'MetaBandit-v0' must be"),
+    ('train --env-name MetaPendulum-v0 --env-options sensor_bias x', 2, "sensor_bias='x' is not of type float"),
     ('train --outer-steps 0', 2, 'outer_steps=0 is not a positive integer'),
     ('train --tasks-per-batch -3', 2, 'tasks_per_batch=-3'),
     ('train --num-envs 0', 2, 'num_envs=0'),
@@ -208,6 +221,14 @@ def test_what_there_is(capsys):
     assert main(['--help']) == 0
     out = capsys.readouterr().out
     for name in ('train', 'demo', '--plugin', '--version'): assert f'\n  {name} ' in out
+
+
+def test_list_shows_what_each_config_is_for_in_80_columns(capsys, monkeypatch):
+    monkeypatch.setenv('COLUMNS', '80')
+    assert main(['list', 'configs']) == 0
+    lines = dict(line.split('  ', 1) for line in capsys.readouterr().out.splitlines())
+    for name in ('basic', 'nav2d', 'nav2d-rotated', 'bandit-dependent', 'bandit-independent', 'bandit-10-5', 'bandit-100-5', 'mdp-10'):
+        assert lines[name].strip() == CONFIGS.makers[name].__doc__ and len(CONFIGS.makers[name].__doc__) > 20
 
 
 def test_help_names_what_a_plugin_adds_and_fits_a_terminal(tmp_path):

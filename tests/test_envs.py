@@ -1,6 +1,7 @@
 "Properties of `envs` that hold for any number of environments, seed, task and order of events."
 import copy
 import importlib.util
+import inspect
 import json
 import pickle
 import subprocess
@@ -23,7 +24,7 @@ from ssm_metarl.env_checks import check_family, check_vector_env, play_on
 from ssm_metarl.batch import (BatchMember, EnvBatch, Luck, ResetNeeded, TaskEnv, UnknownOption, play_actions,
     splitmix64, stack_tasks, stream, uniform_numbers, unstack_tasks)
 from ssm_metarl.envs import (FAMILIES, SPLITS, EnvConfig, Family, PointNavigation, TaskDistribution,
-    checksum_split, register_family, sample_tasks, unregister_family)
+    checksum_split, family_class, register_family, sample_tasks, unregister_family)
 
 few = settings(max_examples=25, deadline=None, derandomize=True)
 
@@ -534,6 +535,31 @@ def test_an_unknown_option_is_an_error_of_both_kinds(name):
             with pytest.raises(UnknownOption, match="render_mode='rgb_array': .* draws no pictures"): make(render_mode='rgb_array')
 
 
+WRONG_OPTIONS = {int: ['x', 2.5, True, None, [2]], float: ['x', True, None, [1.]], bool: ['x', 1, 0., None], str: [1, 2.5, True]}
+
+
+@pytest.mark.parametrize('name', [*FAMILIES])
+def test_an_option_of_the_wrong_type_is_refused_in_one_line(name):
+    "Every option of every family, before the family sees it, and from all who make environments."
+    for option in inspect.signature(family_class(name)).parameters.values():
+        for value in WRONG_OPTIONS[option.annotation]:
+            for make in (lambda **o: EnvConfig(name, options=o), lambda **o: gym.make(name, **o), lambda **o: gym.make_vec(name, 2, **o)):
+                with pytest.raises(ValueError) as caught: make(**{option.name: value})
+                assert str(caught.value) == f'{option.name}={value!r} is not of type {option.annotation.__name__}, as this option of {name!r} must be'
+
+
+def test_what_an_option_may_be_when_its_declaration_is_wider():
+    @register_family('EnvsTestWide-v0')
+    class Wide(PointNavigation):
+        def __init__(self, size: float | None = 1., sizes: tuple = (), seen: int = None, free=0, **more): super().__init__()
+
+    def make(**options): return EnvConfig('EnvsTestWide-v0', options=options).family
+    for fine in (dict(size=2), dict(size=None), dict(size=.5), dict(sizes=[1]), dict(seen=None), dict(seen=3), dict(free='x'), dict(other='x')): make(**fine)
+    for wrong, message in ((dict(size='x'), "size='x' is not of type float or NoneType, as"), (dict(seen=.5), 'seen=0.5 is not of type int, as')):
+        with pytest.raises(ValueError, match=message): make(**wrong)
+    unregister_family('EnvsTestWide-v0')
+
+
 def test_an_error_from_inside_a_family_is_not_taken_for_an_option():
     @register_family('EnvsTestInside-v0')
     class Inside(PointNavigation):
@@ -802,3 +828,9 @@ def test_calls_in_the_wrong_order():
 def test_a_config_can_be_sent_to_another_process():
     config = EnvConfig(num_envs=3, seed=5)
     assert pickle.loads(pickle.dumps(config)) == config
+
+
+def test_the_largest_count_is_that_of_all_configs():
+    from ssm_metarl.files import COUNT_LIMIT
+    assert EnvConfig(time_limit=COUNT_LIMIT - 1).time_limit == COUNT_LIMIT - 1
+    with pytest.raises(ValueError, match='is not a positive integer'): EnvConfig(time_limit=COUNT_LIMIT)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ssm_metarl import experiments
+from ssm_metarl import cli, experiments, training
 from ssm_metarl.experiments import EXPERIMENTS, Experiment, experiment_command, paired_differences, read_row, register_experiment, run_experiment
 from ssm_metarl.registry import PLUGINS, load_plugin
 
@@ -168,6 +168,26 @@ def test_an_interrupt_leaves_whole_files_and_the_same_call_goes_on(late, plugin,
     for path in where.rglob('*.npz'): experiments.load_learner(path)
     again, whole = run(where, [0, 1], None, **changes), run(tmp_path / 'whole', [0, 1], None, **changes)
     assert [(row['iqm'], row['seeds'], row['mean_by_seed']) for row in again['table']] == [(row['iqm'], row['seeds'], row['mean_by_seed']) for row in whole['table']]
+
+
+@pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_last_training_step_stops_the_experiment(signum, plugin, tmp_path, monkeypatch, capsys):
+    whole, commit, words = run(tmp_path / 'whole', [0], None), training.Run.commit, ['experiment', 'tiny', '--seeds', '1', '--out', str(tmp_path / 'stopped')]
+    trained = []
+    def interrupted(self, line):
+        commit(self, line)
+        trained.append(self.done)
+        if self.over: signal.raise_signal(signum)
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Run, 'commit', interrupted)
+        assert cli.main(words) == 128 + signum
+    out, err = capsys.readouterr()
+    rows = tmp_path / 'stopped' / 'tiny' / 'rows'
+    assert trained == [1, 2] and out == '' and err.splitlines()[-1] == 'ssm-metarl: interrupted; the same command goes on'  # nothing of the second variant
+    assert not list(rows.glob('*.json')) and list(rows.rglob('latest.npz'))
+    assert cli.main(words) == 0 and len(list(rows.rglob('latest.npz'))) == 2
+    again = json.loads((tmp_path / 'stopped' / 'tiny' / 'results.json').read_text())
+    assert [row['mean'] for row in again['table']] == [row['mean'] for row in whole['table']]
 
 
 def test_a_figure_that_cannot_be_drawn_leaves_the_old_one(folder, monkeypatch):

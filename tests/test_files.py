@@ -10,6 +10,7 @@ import threading
 import time
 import tracemalloc
 import zipfile
+from contextlib import suppress
 from dataclasses import asdict
 
 import numpy as np
@@ -619,4 +620,22 @@ def test_a_lock_ends_with_its_process(tmp_path):
     finally: process.kill(), process.wait()
     assert os.listdir(tmp_path) == ['.lock']  # a crash leaves the file, but not the lock
     with folder_lock(tmp_path): pass
+    assert os.listdir(tmp_path) == []
+
+
+@posix
+def test_a_lock_on_a_file_that_was_deleted_meanwhile(tmp_path, monkeypatch):
+    "The holder before deleted the file between our open and our lock: such a lock, on a file that nobody else can see, does not count."
+    import fcntl
+    flock, deleted = fcntl.flock, []
+    def late(file, how):
+        if not deleted and how & fcntl.LOCK_EX: deleted.append(os.unlink(tmp_path / '.lock'))
+        flock(file, how)
+    monkeypatch.setattr(fcntl, 'flock', late)
+    with suppress(OSError), folder_lock(tmp_path):  # refused at once, or taken anew on a file that others see
+        assert os.listdir(tmp_path) == ['.lock']
+        with pytest.raises(OSError, match='another training'):
+            with folder_lock(tmp_path): pytest.fail('both got it')
+    assert len(deleted) == 1
+    with folder_lock(tmp_path): assert os.listdir(tmp_path) == ['.lock']
     assert os.listdir(tmp_path) == []

@@ -174,6 +174,6 @@ def test_learners_by_name():
     with pytest.raises(TypeError, match='dict is not a subclass of MetaLearner, as a learner must be'): register_learner('mine')(dict)
     assert register_learner('mine')(first) is first
     try:
-        with pytest.raises(ValueError, match="learner 'mine' is registered already, by .*First; choose a name beside 'maml'"): register_learner('mine')(second)
+        with pytest.raises(ValueError, match="learner 'mine' is registered already, by .*First; choose a name other than 'maml'"): register_learner('mine')(second)
     finally: LEARNERS.remove('mine')
     assert 'mine' not in LEARNERS

@@ -162,7 +162,7 @@ def test_a_checkpoint_imports_nothing(chains, terminal, outside):
     for wrong in None, 3, 'windy.py', {'windy.py': 1}, [3], [None], [['windy.py']], [''], ['x' * 300], ['x'] * 1000, True:
         write_npz('odd.npz', header | dict(plugins=wrong), state)
         status, _, (line,) = terminal('eval', '--checkpoint', 'odd.npz')
-        assert status == 1 and 'is no list of names of plug-ins' in line and len(line) < 200
+        assert status == 1 and 'plugins must be a list of names, not ' in line and len(line) < 200
     assert not {'trap', 'this'} & set(sys.modules) and not Path('sprung').exists()
 
 

@@ -7,17 +7,21 @@ import subprocess
 import sys
 import tempfile
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
-from ssm_metarl import ranks
-from ssm_metarl.checkpoints import load_checkpoint
+from ssm_metarl import ranks, training
+from ssm_metarl.checkpoints import load_checkpoint, make_learner
 from ssm_metarl.cli import main
+from ssm_metarl.config import ExperimentConfig
 from ssm_metarl.envs import EnvConfig, PointNavigation, register_family, sample_tasks
+from ssm_metarl.evaluation import evaluation_trajectories
 from ssm_metarl.meta_learner import MetaConfig, MetaLearner, trust_region
 from ssm_metarl.policy import PolicyConfig, SSMMetaPolicy
 from ssm_metarl.registry import load_plugin
@@ -160,8 +164,29 @@ def leave(how):
     for step in range(3): learner.outer_step(sample_tasks(learner.env, 5, step=step))
 
 
+def small(name):
+    config = ExperimentConfig(learner=name, num_envs=3, time_limit=8, seed=3, policy=PolicyConfig(history=name == 'rl2'), episodes_per_trial=2 if name == 'rl2' else 1)
+    return make_learner(config), config
+
+
+def validations():
+    "Of untrained learners, on numbers of tasks that divide and that do not, and on fewer tasks than ranks."
+    return {(name, M): training.validate(*small(name), M) for name in ('maml', 'meta-sgd', 'rl2') for M in (6, 5, 1)}
+
+
+def failing_validation():
+    "The last rank cannot play its share; then the ranks go on."
+    adapt_policy, found = training.adapt_policy, []
+    def fail(*args, **kwargs): raise OSError('no simulator')
+    if ranks.rank() == ranks.world() - 1: training.adapt_policy = fail
+    try: training.validate(*small('maml'), 5)
+    except Exception as error: found.append((type(error).__name__, str(error)))
+    training.adapt_policy = adapt_policy
+    return *found, ranks.agree(ranks.rank() == 1)
+
+
 def everything():
-    return dict(all_runs=all_runs(), exchanges=exchanges(), natural_step=natural_step(), failure=failure(), late_failure=late_failure())
+    return dict(validations=validations(), failing_validation=failing_validation(), all_runs=all_runs(), exchanges=exchanges(), natural_step=natural_step(), failure=failure(), late_failure=late_failure())
 
 
 def dies(): leave(lambda: os._exit(9))
@@ -247,6 +272,22 @@ def test_an_error_on_one_rank_is_known_to_all_and_undone_on_all():
     assert found_by('late_failure', 2) == [([('PeerError', 'rank 1 of 2 failed: OSError: disk full', True)] * 2, True), ([('OSError', 'disk full', True)] * 2, True)]
 
 
+def test_validation_is_that_of_one_process():
+    "Each rank plays its own share only, and all find the same numbers, to the last bit; one process differs by rounding at most."
+    alone = validations()
+    for (name, M), found in alone.items():
+        learner, config = small(name)
+        env = replace(config.env, seed=config.env.seed + 1_000_000)
+        params = {k: v.detach() for k, v in learner.params.items()}
+        one_by_one = [evaluation_trajectories(learner.policy, params, [task], env, start=i).returns.item() for i, task in enumerate(sample_tasks(env, M, 'validation'))]
+        assert found['tasks'] == M and abs(found['pre'] - np.mean(one_by_one)) < 1e-5 and found['pre'] != found['post']  # each task has its own noise
+    for n in (2, 3):
+        first, *others = found_by('validations', n)
+        assert others == [first] * (n - 1) and first.keys() == alone.keys()
+        for run, found in first.items(): assert found == {k: v if v is None else pytest.approx(v, rel=1e-5) for k, v in alone[run].items()}, run
+    assert found_by('failing_validation', 2) == [(('PeerError', 'rank 1 of 2 failed: OSError: no simulator'), True), (('OSError', 'no simulator'), True)]
+
+
 def test_ranks_do_not_wait_for_one_that_is_gone():
     ended, _ = launch('dies', 2)
     assert ended[1][0] == 9 and ended[0][0] == 1 and 'rank 0 of 2 cannot reach the others' in ended[0][2], ended
@@ -281,7 +322,6 @@ def test_alone_nothing_is_exchanged(monkeypatch):
 
 
 def test_an_invitation_that_cannot_be_followed(monkeypatch):
-    import pytest
     monkeypatch.setenv('RANK', '1')
     with pytest.raises(ValueError, match='has RANK but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT; start with torchrun'):
         with ranks.joined(): pass

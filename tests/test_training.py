@@ -688,7 +688,7 @@ def test_kept_checkpoints(keep, quick, tmp_path):
 
 def test_refused_before_anything_is_touched(story):
     before = content(story.first)
-    for wrong in (dict(keep=-1), dict(eval_every=True), dict(patience=10**30), dict(eval_tasks=0), dict(unknown=1), dict(tensorboard=True, eval_every=0, eval_tasks=3)):
+    for wrong in (dict(keep=-1), dict(eval_every=True), dict(patience=10**30), dict(patience=2**31), dict(eval_tasks=10**6 + 1), dict(eval_tasks=0), dict(unknown=1), dict(tensorboard=True, eval_every=0, eval_tasks=3)):
         with pytest.raises((ValueError, TypeError), match=next(iter(wrong)) if len(wrong) == 1 else 'eval_tasks'): go(story.first, 11, **wrong)
     with pytest.raises(CheckpointError, match='comes from a run with other settings'): go(story.first, 11, config=tiny(11, seed=1))
     (story.first / 'latest.npz').write_bytes(b'PK')
