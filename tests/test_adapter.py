@@ -308,7 +308,7 @@ def memory(adapter): return {k: v for k, v in adapter.state_dict().items() if no
 def test_leaving_the_context_gives_everything_back(kind, strategy, training, used, depth, moves, last):
     model, batch = make(kind).train(training), data(kind)
     next(model.parameters()).requires_grad_(False)
-    adapter = create_adapter(model, AdaptationConfig(lr=.05, ema_decay=.9), strategy)
+    adapter = create_adapter(model, AdaptationConfig(lr=.05, ema_decay=.9, include='*'), strategy)
     if used: adapter.adapt(cross_entropy, batch), adapter.observe_return(.5)
     everything = lambda: dict(model.named_parameters()) | dict(model.named_buffers())
     tensors, before, settings_, own = everything(), values(model), flags_of(model), memory(adapter)
@@ -520,7 +520,7 @@ def test_foreign_files_are_refused(tmp_path):
     refused('does not fit', create_adapter(make('batch'), AdaptationConfig(include='head.*')))
     for version in (1, 2):
         write_npz(path, header | dict(format_version=version), {})
-        refused(f'has format_version {version}; this version of ssm_metarl reads 3 only')
+        refused(f'has format_version {version}; this version of ssm_metarl reads 4 only')
 
 
 def worked():
@@ -554,7 +554,7 @@ def test_damaged_states_are_refused(tmp_path, name):
                                                      (r'optimizer betas=\[0.9, 0.999\] there', dict(optimizer=lambda p: torch.optim.Adam(p, 1e-3, betas=(.8, .9))), 'none'),
                                                      ("strategy='NoStrategy' there and 'Tent' here", {}, 'tent'), ('trust_radius=0.1 there and 0.2 here', dict(trust_radius=.2), 'none')])
 def test_a_state_of_other_settings_is_refused(words, change, strategy):
-    with pytest.raises(ValueError, match=words): create_adapter(make('batch'), AdaptationConfig(**dict(ema_decay=.9, mode='continual') | change), strategy).load_state_dict(worked().state_dict())
+    with pytest.raises(ValueError, match=words): create_adapter(make('batch'), AdaptationConfig(**dict(ema_decay=.9, mode='continual', include='*') | change), strategy).load_state_dict(worked().state_dict())
 
 
 @given(seeds, st.lists(st.lists(st.sampled_from([-math.inf, -1., 0., 1., 2., math.nan]), min_size=2, max_size=2), min_size=1, max_size=6), st.sampled_from([0., 1.]))

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from ssm_metarl.adapter import AdaptationConfig, MetaRLHook, SSMHook, Tent, create_adapter
+from ssm_metarl.adapter import AdaptationConfig, MetaRLHook, SSMHook, create_adapter
+from ssm_metarl.strategies import Tent
 
 torch.set_num_threads(1)
 ones = torch.ones(4, 3)
