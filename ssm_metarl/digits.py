@@ -26,7 +26,7 @@ from .batch import stream
 def digits_data(
     seed: int, # of the split of the 1000 source images
     tuning: bool = False, # for choosing settings: a stream out of the source images
-) -> dict: # 'train', 'stream' and, unless tuning, 'validation' -> images [n, 1, 8, 8] in [0, 1], labels [n]
+) -> dict: # 'train', 'validation' (not for tuning), 'stream' -> images [n, 1, 8, 8], labels [n]
     """scikit-learn's digits in parts. The 797 images of the stream are the same for all seeds.
     Raises ImportError without scikit-learn."""
     try: from sklearn.datasets import load_digits
@@ -149,7 +149,7 @@ def train_digits(
 def predict_stream(
     adapter: Adapter, # changed by it
     batches: list, # of images, in the order in which they come
-    gate: Callable = None, # (adapter, batch) -> None: adapt; or the logits of the source; None: always adapt
+    gate: Callable = None, # (adapter, batch) -> None, or logits of the source; None: always adapt
 ) -> tuple: # predicted labels [n], share of batches that were adapted to
     "Adapt to each batch, then predict it."
     predicted, adapted = [], 0

@@ -85,7 +85,7 @@ EXPERIMENTS = Registry('experiment', 'experiment', 'register_experiment',
 
 def register_experiment(
     name: str, # by which `run_experiment` and the terminal know it
-) -> Callable: # decorator of a function without arguments that returns an `Experiment`, or a `Study`
+) -> Callable: # decorator of a function without arguments: an `Experiment`, or a `Study`
     """Add an experiment to the registry. Raises TypeError if the function returns something else,
     ValueError for a name that is taken."""
     if not isinstance(name, str):

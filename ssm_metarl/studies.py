@@ -31,7 +31,7 @@ class Study:
     tabulate: Callable # list of measurements (variant, seed, rows) -> list of dicts
     draw: Callable # table -> matplotlib figure
     show: Callable # row of the table -> a line for a terminal
-    settings: dict = field(default_factory=dict) # what a measurement depends on, plain values
+    settings: dict = field(default_factory=dict) # variant -> what its measurements depend on
 
     def run(self,
             name: str, # of the experiment
@@ -56,7 +56,8 @@ class Study:
         return self._gather(name, Path(folder))
 
     def _conditions(self, variant, seed):  # all that a measurement depends on
-        what = dict(variant=variant, seed=seed, version=__version__, settings=self.settings)
+        settings = self.settings.get(variant)
+        what = dict(variant=variant, seed=seed, version=__version__, settings=settings)
         return json.loads(to_json(what))
 
     def _read(self, rows, variant, seed):  # {} if it is not there, damaged, or made otherwise
