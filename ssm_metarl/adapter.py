@@ -483,6 +483,11 @@ def loss_gradients(
     return loss.detach().reshape(M), grads
 
 # %% ../nbs/05_adapter.ipynb #d2fb1bbb
+def _numbers_of(outputs):  # what a divergence is computed from, by name
+    return {k: v.detach() for k, v in predictions(outputs).items()
+            if k in ('logits', 'mean', 'log_std')}
+
+
 def source_divergence(
     anchor, # outputs of the source
     outputs, # of the adapted model at the same inputs
@@ -490,9 +495,8 @@ def source_divergence(
     stacked: bool, # is there a task dimension?
 ) -> Tensor: # float64 [M]
     "KL(source || adapted), mean over the predictions of each task that count."
-    needed = lambda x: {k: v.detach().double() for k, v in predictions(x).items()
-                        if k in ('logits', 'mean', 'log_std')}
-    return task_mean(kl_divergence(needed(anchor), needed(outputs)), batch, stacked)
+    a, b = ({k: v.double() for k, v in _numbers_of(x).items()} for x in (anchor, outputs))
+    return task_mean(kl_divergence(a, b), batch, stacked)
 
 # %% ../nbs/05_adapter.ipynb #10b23ae9
 class Asked(LentModel):
@@ -569,7 +573,8 @@ class Steps(Asked):
     def _learn(self, loss_fn, batch, fwd_fn, scale, wanted, alone):  # a report; None: no steps
         with self._settings(), torch.inference_mode(False), torch.enable_grad():
             if self.config.max_kl is not None or self.strategy.anchored:
-                with self.using(): self.anchor = self._look(batch, fwd_fn)
+                with self.using(): self.anchor = {  # copies, since an output may be a weight itself
+                    k: v.clone() for k, v in _numbers_of(self._look(batch, fwd_fn)).items()}
             try:
                 with torch.no_grad(): self.strategy.learn(batch, lambda b: self._look(b, fwd_fn))
                 if not alone: info = self._run(loss_fn, batch, fwd_fn, scale, wanted)
