@@ -176,13 +176,14 @@ DIGIT_GRID = {  # strategy -> the eight settings that were tried
 # %% ../nbs/05b_digits.ipynb #05b0023
 DIGIT_SETTINGS = {
     'BatchNorm': {
-        'none': {}, 'norm': {}, 'tent': dict(lr=1e-2, steps=2), 'eata': dict(lr=1e-2, margin=.8),
-        'sar': dict(lr=1e-2, rho=.05), 'kl_anchor': dict(lr=1e-2, weight=1.),
-        't3a': dict(per_class=20), 't3a+norm': dict(per_class=20, norm=True)},
+        'none': {}, 'norm': {}, 'tent': {'lr': 3e-2, 'steps': 1},
+        'eata': {'lr': 3e-2, 'margin': .8}, 'sar': {'lr': 1e-2, 'rho': .05},
+        'kl_anchor': {'lr': 3e-2, 'weight': .3}, 't3a': {'per_class': 20},
+        't3a+norm': {'per_class': 20, 'norm': True}},
     'GroupNorm': {
-        'none': {}, 'tent': dict(lr=1e-2, steps=1), 'eata': dict(lr=1e-2, margin=.4),
-        'sar': dict(lr=1e-2, rho=.05), 'kl_anchor': dict(lr=1e-2, weight=.3),
-        't3a': dict(per_class=50)}}
+        'none': {}, 'tent': {'lr': 1e-2, 'steps': 1}, 'eata': {'lr': 1e-2, 'margin': .4},
+        'sar': {'lr': 1e-2, 'rho': .05}, 'kl_anchor': {'lr': 1e-2, 'weight': .3},
+        't3a': {'per_class': 50}}}
 
 # %% ../nbs/05b_digits.ipynb #05b0025
 def digit_adapter(
