@@ -58,12 +58,16 @@ class Experiment:
                 raise ValueError(f'variants {other!r} and {name!r} would share one file')
             self.variant(name, self.config.seed)  # a mistake in it shows now
 
-    def lines(self, table):
-        "See `experiment_lines`."
+    def lines(self,
+              table: list, # of `run_experiment`
+             ) -> list: # of lines
+        "What was found, for a terminal."
         return experiment_lines(table)
 
-    def scores(self, table):
-        "IQM after each step, by variant."
+    def scores(self,
+               table: list, # of `run_experiment`
+              ) -> dict: # variant -> IQM after 0, 1, ... steps
+        "The main column."
         return {row['variant']: row['iqm'] for row in table}
 
     def variant(self,
