@@ -153,7 +153,8 @@ def _draw_panel(ax, rows, strategies):  # errors with their intervals
         ax.vlines(place, low, high, color=MODE_COLOURS[mode], lw=1.2)
         ax.plot(place, [row['error'] for row in some], 'o', color=MODE_COLOURS[mode], ms=4,
                 label=mode)
-    ax.set_xticks(range(len(strategies)), strategies, rotation=45, ha='right')
+    ax.set_xticks(range(len(strategies)), strategies, rotation=45, ha='right',
+                  rotation_mode='anchor')
 
 
 def plot_digits(
