@@ -180,8 +180,7 @@ def _show_digits(row):
     if 'difference' in row and row['strategy'] != row['reference']:
         pair = (f', minus {row["reference"]} {row["difference"]:.1f} '
                 + show_interval(row['difference_ci95']))
-    return (f'{row["name"]:>36}: error {row["error"]:.1f} % {show_interval(row["error_ci95"])}'
-            f'{pair}, clean {row["errors"]["clean"]:.1f}')
+    return f'{row["name"]:>34}: {row["error"]:.1f} % {show_interval(row["error_ci95"])}{pair}'
 
 
 def _draw_first(table):  # of the first network that is there
