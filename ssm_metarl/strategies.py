@@ -18,7 +18,7 @@ from torch.linalg import vector_norm
 from torch.nn import functional as F
 
 from .adapter import AdaptationStrategy, register_adaptation_strategy
-from .guards import flatten
+from .guards import flatten, on_the_cpu
 from .monitors import (described, is_categorical, mask_of, per_task, predictions,
                                  softmax_entropy, task_samples)
 from .policy import entropy, kl_divergence
@@ -319,9 +319,10 @@ class DynamicsHead:
            ) -> dict: # head
         "Minimise an error from a start that is always the same."
         n, hidden, m = sizes
-        g = torch.Generator().manual_seed(0)
-        start = dict(w1=torch.randn(hidden, n, generator=g) / n**.5, b1=torch.zeros(hidden),
-                     w2=torch.randn(m, hidden, generator=g) / hidden**.5, b2=torch.zeros(m))
+        g = torch.Generator('cpu').manual_seed(0)
+        with on_the_cpu():
+            start = dict(w1=torch.randn(hidden, n, generator=g) / n**.5, b1=torch.zeros(hidden),
+                         w2=torch.randn(m, hidden, generator=g) / hidden**.5, b2=torch.zeros(m))
         head = {k: v.to(like).requires_grad_() for k, v in start.items()}
         optimizer = torch.optim.Adam(list(head.values()), lr=lr)
         with torch.inference_mode(False), torch.enable_grad():
