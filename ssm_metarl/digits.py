@@ -14,8 +14,8 @@ from collections import deque
 from collections.abc import Callable
 
 import numpy as np
+import scipy
 import torch
-from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -49,14 +49,14 @@ def _impulse(x, rng):
 
 
 def _fog(x, rng):
-    haze = ndimage.gaussian_filter(rng.normal(size=x.shape), (0, 2, 2))
+    haze = scipy.ndimage.gaussian_filter(rng.normal(size=x.shape), (0, 2, 2))
     haze /= haze.std((1, 2), keepdims=True)
     return .65 * x + .35 * np.clip(.4 + .3 * haze, 0, 1)
 
 
 def _rotation(x, rng):
     angles = 20 * rng.choice([-1, 1], len(x))
-    return np.stack([ndimage.rotate(image, angle, reshape=False, order=1)
+    return np.stack([scipy.ndimage.rotate(image, angle, reshape=False, order=1)
                      for image, angle in zip(x, angles)])
 
 
@@ -68,7 +68,7 @@ def _jump(x, rng):
 CORRUPTIONS = {  # name -> function of images [n, 8, 8] and a generator
     'noise': lambda x, rng: x + rng.normal(0, .3, x.shape),
     'impulse': _impulse,
-    'blur': lambda x, rng: ndimage.gaussian_filter(x, (0, .75, .75)),
+    'blur': lambda x, rng: scipy.ndimage.gaussian_filter(x, (0, .75, .75)),
     'contrast': lambda x, rng: .5 + .6 * (x - .5),
     'brightness': lambda x, rng: np.clip(x + .2, 0, 1),
     'fog': _fog, 'rotation': _rotation}
