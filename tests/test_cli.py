@@ -156,7 +156,7 @@ def bad_files(folder, checkpoint):
     ('train --seed', 2, '--seed'),
     ('train --outer-steps many', 2, '--outer-steps'),
     ('eval --checkpoint {f}', 1, 'cannot be read'),
-    ('experiment nav3d --out {f}', 2, "experiment='nav3d' is not one of 'nav2d'"),
+    ('experiment nav3d --out {f}', 2, "experiment='nav3d' is not one of 'digits', 'nav2d'"),
     ('experiment nav2d --out {f}/x --variants LSTM', 2, "variant='LSTM' is not one of 'SSM', 'no memory', 'GRU'"),
     ('experiment nav2d --out {f} --seeds 0', 2, 'seeds=0 is not a positive number'),
     ('experiment nav2d --out {f}/file/x', 1, 'is not a folder that can be written to'),
