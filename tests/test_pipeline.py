@@ -151,7 +151,7 @@ def test_nothing_is_done_twice_and_what_is_damaged_is_done_again(tmp_path):
 
 
 def test_experiments_and_variants_that_are_none(tmp_path):
-    with pytest.raises(ValueError, match="experiment='nav3d' is not one of 'nav2d'"): run_experiment('nav3d', tmp_path / 'x')
+    with pytest.raises(ValueError, match="experiment='nav3d' is not one of 'digits', 'nav2d'"): run_experiment('nav3d', tmp_path / 'x')
     with pytest.raises(ValueError, match="variant='LSTM' is not one of 'SSM', 'no memory', 'GRU'"): run_experiment('nav2d', tmp_path / 'x', variants=['LSTM'])
     assert not (tmp_path / 'x').exists()
 
