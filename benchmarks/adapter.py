@@ -5,7 +5,7 @@ python benchmarks/adapter.py "64 tasks"             only rows whose name contain
 python benchmarks/adapter.py --json FILE            also write {"rows": [{"name", "ratio", "peer", "ms"}]}
 
 The policy is that of the experiment nav2d, with a batch of 20 trajectories of 100 steps for each task, or with 1 trajectory of 20 steps, as in adaptation within an episode. "Observe + adapt": a forward pass, all monitors on outputs and features, with
-a calibrated alarm, then one step of policy gradient with Adam and the default guards; "at the edge": in a trust region so small that each step has to be projected. The peer is one plain gradient step: the same loss, backward, a step of `torch.optim.Adam` on the same parameters, and nothing else.
+a calibrated alarm, then one step of policy gradient with Adam and the default guards; "at the edge": in a trust region so small that each step has to be projected; "KL bound": with `max_kl`, which takes a forward pass of the source and one after the step, and "at its edge" more, for steps that are too long. The peer is one plain gradient step: the same loss, backward, a step of `torch.optim.Adam` on the same parameters, and nothing else.
 "None": what a call of `adapt` with strategy 'none' and no loss takes, beside the forward pass that its caller makes anyway. One CPU thread; the allocator keeps freed memory (`keep_memory`), as in the command line.
 """
 from dataclasses import replace
@@ -33,10 +33,10 @@ def experience(M, K, T):
     return policy, theta, dict(obs=traj.obs, actions=traj.action, advantages=advantage, logp_old=traj.logp, mask=traj.mask)
 
 
-def steps(M, K, T, radius=.1):
+def steps(M, K, T, radius=.1, max_kl=None):
     "Four functions: observe + adapt, one plain gradient step, a forward pass, and `adapt` with nothing to do."
     policy, theta, batch = experience(M, K, T)
-    config = AdaptationConfig(mode='continual', exclude='value.*', trust_radius=radius)
+    config = AdaptationConfig(mode='continual', exclude='value.*', trust_radius=radius, max_kl=max_kl)
     if M == 1: return steps_of_module(policy, {k: v[0] for k, v in batch.items()}, config)
     adapter, idle = (create_adapter(theta, config, stacked=True) for _ in range(2))
     plain = {k: v.clone().requires_grad_() for k, v in theta.items()}
@@ -79,6 +79,9 @@ def cases():
             yield f'observe + adapt, {name}', ours, 'one plain gradient step', plain
             ours, plain, *_ = steps(M, K, T, radius=1e-4)
             yield f'observe + adapt at the edge, {name}', ours, 'one plain gradient step', plain
+            for bound, where in ((1., ''), (1e-4, ', at its edge')):
+                ours, plain, *_ = steps(M, K, T, max_kl=bound)
+                yield f'observe + adapt, KL bound{where}, {name}', ours, 'one plain gradient step', plain
             yield f'none, {name}', idle, 'a forward pass', look
 
 

@@ -25,7 +25,7 @@ from .guards import (OPTIMIZERS, TaskState, blank_state, check_elementwise, clip
                                distances, finite_rows, flatten, guard, keeps_promise,
                                optimizer_step, round_rows, round_towards, split)
 from .lending import borrowed, gradients, preserved, requires_grad
-from .monitors import (Monitors, described, mask_of, per_task, predictions,
+from .monitors import (Monitors, choose, described, mask_of, per_task, predictions,
                                  softmax_entropy, task_mean)
 from .policy import action_log_prob, kl_divergence
 from .policy_gradient import policy_surrogate, value_loss
@@ -36,7 +36,7 @@ from .weights import AdaptationConfig, Weights
 
 # %% ../nbs/05_adapter.ipynb #050015
 class AdaptationStrategy:
-    """How to learn at test time. Each method is a hook with a default; a subclass says what differs.
+    """How to learn at test time. Each method is a hook with a default; a subclass changes some.
 
     Made: `configure`. With source data: `fit_source`. Each call of `adapt`, inside `context`: first
     `learn`, then for each step `step`, which calls `own_loss` (or `post_loss`, if the caller has a
@@ -85,13 +85,13 @@ class AdaptationStrategy:
 
     def step(self,
              gradient: Callable, # () -> loss [M], gradients name -> [M, ...], at the weights of now
-            ) -> tuple: # loss [M], gradients for the optimiser, bool [M] (None: all): who shall step
+            ) -> tuple: # loss [M], gradients for the optimiser, bool [M]: who steps; None: all
         "How the gradient is computed; the weights must be the same afterwards."
         return *gradient(), None
 
     def after_step(self,
                    report: dict): # name -> [M]: loss, grad_norm, step_norm, steps (0 or 1), ...
-        "After a guarded step: `self.adapter.restart(who)` gives tasks the source back, for example."
+        "After a guarded step: `self.adapter.restart(who)` gives tasks the source back, say."
 
     def predict(self,
                 batch, # of the caller
@@ -103,7 +103,8 @@ class AdaptationStrategy:
     def forget(self,
                who: Tensor): # bool [M]
         "These tasks have the source again: rows of `memory` become nan, which means unknown."
-        self.memory = {k: v.masked_fill(per_task(who, v), torch.nan) for k, v in self.memory.items()}
+        self.memory = {k: v.masked_fill(per_task(who, v), torch.nan)
+                       for k, v in self.memory.items()}
 
     @property
     def has_loss(self) -> bool:
@@ -127,8 +128,8 @@ STRATEGIES = Registry(
 def register_adaptation_strategy(
     name: str, # for `create_adapter`
 ): # class decorator
-    """Make an `AdaptationStrategy` known by name; the same class, defined again, takes its own place.
-    Raises ValueError if another class has the name, TypeError for another kind of class."""
+    """Make an `AdaptationStrategy` known by name; the same class, defined again, takes its own
+    place. Raises ValueError if another class has the name, TypeError for another kind of class."""
     return STRATEGIES.register(name)
 
 # %% ../nbs/05_adapter.ipynb #132d7e4f
@@ -241,6 +242,10 @@ class Source:
         if self._drift is None: self._drift = self.drift()
         return self._drift
 
+    def _columns(self, names):  # bool [n]: which numbers of a row are theirs; None: nobody's
+        full = lambda k, v: torch.full((v[0].numel(),), k in names, device=self.centre.device)
+        return torch.cat([full(k, v) for k, v in self.start.items()]) if names else None
+
     def fits(self,
              state: TaskState, # of the same tasks, perhaps around another source
              start: dict, # that source, name -> [M, ...]
@@ -254,10 +259,10 @@ def shorter(
     before: Tensor, # divergence without the step, [M]
     after: Tensor, # with the whole step, [M]
     largest: float, # that is allowed
-) -> Tensor: # [M], in [0.05, 0.5]
+) -> Tensor: # [M], in [0.001, 0.5]
     "Which part of a step has the largest divergence allowed, if its root is linear in the step?"
     a, b = before.clamp(min=0).sqrt(), after.clamp(min=0).sqrt()
-    return (.9 * (largest**.5 - a) / (b - a)).nan_to_num(nan=.5).clamp(.05, .5)
+    return (.9 * (largest**.5 - a) / (b - a)).nan_to_num(nan=.5).clamp(.001, .5)
 
 # %% ../nbs/05_adapter.ipynb #cd14b61a
 class GuardedLearner(Source):
@@ -301,10 +306,6 @@ class GuardedLearner(Source):
         raise ValueError('the weights are not finite or lie outside the trust region, and not by a '
                          'step of this adapter; make a new one after loading or training a model')
 
-    def _columns(self, names):  # bool [n]: which numbers of a row are theirs; None: nobody's
-        full = lambda k, v: torch.full((v[0].numel(),), k in names, device=self.centre.device)
-        return torch.cat([full(k, v) for k, v in self.start.items()]) if names else None
-
     def _propose(self, old, start, grads, live, scale, frozen):  # state, rows, what guards did
         c = self.config
         params, optimizer = optimizer_step(c.make_optimizer, old.params, grads, old.optimizer, live)
@@ -322,30 +323,38 @@ class GuardedLearner(Source):
         return None if decay is None else torch.lerp(rows, old.average, decay)
 
     def _bounded(self, old, start, new, rows, done, before, measure):  # shorten until it fits
-        most, share, whole = self.config.max_kl, torch.ones_like(before), rows
+        most, share, whole = self.config.max_kl, torch.ones_like(before), new
         try:
             kl = self._try(new, old, done, measure)
             done = done & ((kl <= most) | (before < most))  # else no step is short enough
-            for _ in range(self.shortenings):
+            for i in range(self.shortenings):
                 over = done & ~(kl <= most)
+                if i: over &= 2 * before < most  # near the edge a second try gains little
                 if not over.any(): break
                 share = torch.where(over, share * shorter(before, kl, most), share)
-                new, rows = self._part(old, start, new, whole, share)
+                new, rows = self._part(old, start, whole, share)
                 kl = self._try(new, old, done, measure)
-        finally: self.weights.put_rows(old.params)
+        except BaseException:
+            self.weights.put_rows(old.params)
+            raise
         done = done & (kl <= most) & self._kept(rows, start)
         return new, rows, done, share < 1, torch.where(done, kl, before)
 
     def _try(self, new, old, done, measure):  # the divergence with a step, [M]
-        self.weights.put_rows(new.where(done, old).params)
+        params = new.params if done.all() else choose(done, new.params, old.params)
+        self.weights.put_rows(params)
         return measure().to(self.centre.device)
 
-    def _part(self, old, start, new, whole, share):  # that share of the step
-        share = share.unsqueeze(1)
-        rows = torch.where(share < 1, torch.lerp(start, whole, share), whole)
-        rows = round_rows(rows, self.centre, new.params)
-        params = {k: v.to(new.params[k].dtype) for k, v in split(rows, new.params).items()}
-        return TaskState(params, new.optimizer, self._averaged(rows, old)), rows
+    def _part(self, old, start, whole, share):  # that share of the step
+        def part(a, b):
+            s = per_task(share, b).to(b.dtype)
+            return torch.where(s < 1, torch.lerp(a, b, s), b)
+        params = {k: part(old.params[k], v) for k, v in whole.params.items()}
+        rows = flatten(params)
+        if not self._kept(rows, start).all():  # by rounding, which is put right where it matters
+            rows = round_rows(rows, self.centre, params)
+            params = {k: v.to(params[k].dtype) for k, v in split(rows, params).items()}
+        return TaskState(params, whole.optimizer, self._averaged(rows, old)), rows
 
     def _report(self, rows, start, done, wanted, measured, flags):
         rows = rows if done.all() else torch.where(done.unsqueeze(1), rows, start)
@@ -621,7 +630,7 @@ class Steps(Asked):
     @torch.inference_mode(False)
     def restart(self,
                 who): # bool [M], or a bool: which tasks
-        "Give tasks the source back, with a new optimiser; counters, monitors and best weights stay."
+        "Give tasks the source back, with a new optimiser; counters and monitors stay."
         who = torch.as_tensor(who).cpu().reshape(-1).expand(self.weights.num_tasks)
         if not who.any(): return
         with self._borrow():
@@ -647,7 +656,9 @@ def _nested(flat):  # the reverse
     return tree
 
 
-def _array(v): return (v.view(torch.int16) if v.dtype == torch.bfloat16 else v).detach().cpu().numpy()  # NumPy has no bfloat16
+def _array(v):  # NumPy has no bfloat16
+    v = v.view(torch.int16) if v.dtype == torch.bfloat16 else v
+    return v.detach().cpu().numpy()
 
 
 def _digest(state):  # of all names, types, shapes and numbers
@@ -715,8 +726,8 @@ def checked_state(
     _check_shapes(state, adapter_state(adapter))
     state = dict(state)
     if not torch.equal(state.pop('digest').cpu(), _digest(state)):
-        raise ValueError('this state does not fit: something in it was changed, added or lost after '
-                         'it was saved; save it again')
+        raise ValueError('this state does not fit: something in it was changed, added or lost '
+                         'after it was saved; save it again')
     _check_settings(bytes(state.pop('settings').tolist()), adapter)
     device = adapter.learner.centre.device
     there = lambda k, v: v.dim() >= 2 or '/optimizer/' not in k and k.startswith(_WEIGHTS)
@@ -743,8 +754,9 @@ class Watched(Steps):
     def _gate(self):  # bool [M]: who may step; None: all
         if not self.config.shift_gate: return None
         if 'threshold' not in self.monitors.features.source:
-            raise ValueError('shift_gate=True needs to know what is normal; call calibrate(features, '
-                             'mask, false_alarms) with features of source streams')
+            raise ValueError('shift_gate=True needs to know what is normal; call '
+                             'calibrate(features, mask, false_alarms) with features of source '
+                             'streams')
         raised = self.monitors.features.raised
         return self._zeros(torch.bool) if raised is None else raised.expand(self.weights.num_tasks)
 
@@ -761,7 +773,7 @@ class Watched(Steps):
     def calibrate(self,
                   feats: Tensor, # of source data, [..., d]; for an alarm [S, T, n, d]: S streams
                   mask: Tensor = None, # bool [...]: samples that count
-                  false_alarms: float = None): # share of source streams with an alarm; None: no alarm
+                  false_alarms: float = None): # share of source streams with one; None: no alarm
         "Tell the monitors what is normal; without it they report no shift."
         self.monitors.features.calibrate(feats, mask, false_alarms)
 
@@ -859,8 +871,9 @@ class Saved(Watched):
         "Read a state; no code in the file is run. Raises ValueError for another, or no, state."
         header, arrays = read_npz(path, self.format, self.format_version)
         if header['format_version'] != self.format_version:
-            raise ValueError(f"{path} has format_version {header['format_version']}; this version of "
-                             f'ssm_metarl reads {self.format_version} only, adapt and save anew')
+            there = header['format_version']
+            raise ValueError(f'{path} has format_version {there}; this version of ssm_metarl reads '
+                             f'{self.format_version} only, adapt and save anew')
         half = {k for k, v in self.state_dict().items() if v.dtype == torch.bfloat16}
         try: state = {k: torch.from_numpy(v) for k, v in arrays.items()}
         except TypeError as error:
@@ -902,8 +915,8 @@ class Adapter(Saved):
 
     @torch.inference_mode(False)
     def reset(self):
-        """Give the source back bit for bit, parameters and buffers, and forget what was learned; the
-        monitors keep the source's statistics, and the strategy what it learned from source data."""
+        """Give the source back bit for bit, parameters and buffers, and forget what was learned;
+        monitors keep the source's statistics, and the strategy what `fit_source` found."""
         with self._borrow():
             self.weights.put(self.learner.source)
             self.learner.begin(), self.monitors.forget(), self._forget()
@@ -915,7 +928,7 @@ class Adapter(Saved):
               fwd_fn: Callable = None, # batch -> outputs; None: the module with the batch
               scale=None, # how much of the step to take, in [0, 1]: a number, or [M]; None: all
              ) -> dict: # name -> a number, or [M], see below
-        """Take `config.steps` guarded steps, also under no_grad. Raises ValueError for a loss of the
+        """Take `config.steps` guarded steps, also under no_grad. Raises ValueError for a loss of a
         wrong shape or without gradient, a scale outside [0, 1], or a gate without an alarm.
 
         Reports loss, grad_norm and step_norm of the last step (kl, too, with `max_kl`), the drift,
@@ -933,7 +946,7 @@ class Adapter(Saved):
 
     def _idle(self, gated=0):  # a report without a step
         if gated: self.counters['gated'] = self.counters['gated'] + gated
-        zero, whole = self._report(self._zeros()), self._report(self._zeros(torch.long))
+        zero, whole = (self._zeros(), self._zeros(torch.long)) if self.stacked else (0., 0)
         report = dict.fromkeys(('loss', 'grad_norm', 'step_norm'), zero)
         report |= dict.fromkeys(STEP_COUNTS, whole) | dict(gated=whole + gated)
         return report | dict(drift=self._report(self.learner.last_drift()))
@@ -979,32 +992,34 @@ class SSMHook:
 
     def __init__(self,
                  adapter: Adapter): # of the model
-        self.adapter, self.model, self._handles, self._features, self._inputs, self._weights = adapter, None, [], None, [], []
+        self.adapter, self.model, self._handles = adapter, None, []
+        self._features, self._inputs, self._weights = None, [], []
 
     def attach(self,
                model: nn.Module, # the adapter's
                module=None, # the module whose output counts, or its name; None: see above
-               state: bool = False, # features are the state after the last step, real and imaginary parts, instead of the output of each step
-              ) -> 'SSMHook': # itself
-        "Listen to the forward passes of a model. Raises ValueError for a model that is not the adapter's."
-        if model is not self.adapter.target: raise ValueError(f'this {type(model).__name__} is not the model of the adapter')
+               state: bool = False): # the state after the last step instead of the outputs
+        "Listen to a model's forward passes. Raises ValueError if it is not the adapter's."
+        if model is not self.adapter.target:
+            raise ValueError(f'this {type(model).__name__} is not the model of the adapter')
         self.detach()
-        self.model, self.part, modules = model, 'state' if state else 'features', list(model.modules())
-        if isinstance(module, str):
-            names = dict(model.named_modules())
-            if module not in names:
-                known = ', '.join(filter(None, names))
-                raise ValueError(f'there is no module {module!r:.80}; there are {known:.200}')
-            module = names[module]
-        ssm = next((m for m in modules if isinstance(m, SSM)), None)
-        listened = ssm if module is None else module
+        self.model, self.part, modules = model, 'state' if state else 'features', [*model.modules()]
+        if isinstance(module, str): module = self._named(module)
+        ssm = next((m for m in modules if isinstance(m, SSM)), None) if module is None else module
         last = next((m for m in reversed(modules) if isinstance(m, nn.Linear)), None)
         self._handles.append(model.register_forward_pre_hook(self._begin, with_kwargs=True))
-        if listened is not None: self._handles.append(listened.register_forward_hook(lambda m, args, out: self._keep(out)))
+        if ssm is not None:
+            self._handles.append(ssm.register_forward_hook(lambda m, args, out: self._keep(out)))
         elif last is not None and not state:
             self._handles.append(last.register_forward_pre_hook(self._keep_input, with_kwargs=True))
-        if module is None: self._handles.append(model.register_forward_hook(lambda m, args, out: self._keep(out) if isinstance(out, Mapping) and self.part in out else None))
+        if module is None: self._handles.append(model.register_forward_hook(self._keep_named))
         return self
+
+    def _named(self, name):  # module of that name
+        names = dict(self.model.named_modules())
+        if name in names: return names[name]
+        there = f'there are {", ".join(filter(None, names)):.200}'
+        raise ValueError(f'there is no module {name!r:.80}; {there}')
 
     def detach(self):
         "Listen no more."
@@ -1018,15 +1033,21 @@ class SSMHook:
         self._weights = self._versions()
 
     @staticmethod
-    def _version(tensor): return None if tensor.is_inference() else tensor._version  # counts changes in place
+    def _version(x): return None if x.is_inference() else x._version  # counts changes in place
 
     def _versions(self): return [(p.data_ptr(), self._version(p)) for p in self.model.parameters()]
 
-    def _saw(self, batch):  # did the last forward pass see this, as it is now, with the weights of now?
-        given = [v for v in (batch.values() if isinstance(batch, Mapping) else [batch]) if isinstance(v, Tensor)]
-        return bool(self._inputs) and self._weights == self._versions() and all(any(v is ref() and self._version(v) == version for v in given) for ref, version in self._inputs)
+    def _saw(self, batch):  # did the last forward pass see this, with the weights of now?
+        parts = batch.values() if isinstance(batch, Mapping) else [batch]
+        given = [v for v in parts if isinstance(v, Tensor)]
+        same = lambda ref, version: any(v is ref() and self._version(v) == version for v in given)
+        seen = bool(self._inputs) and self._weights == self._versions()
+        return seen and all(same(*pair) for pair in self._inputs)
 
     def _keep_input(self, module, args, kwargs): self._keep(next(iter((*args, *kwargs.values()))))
+
+    def _keep_named(self, module, args, out):
+        if isinstance(out, Mapping) and self.part in out: self._keep(out)
 
     def _keep(self, out):
         found, state = out, self.part == 'state'
@@ -1038,12 +1059,14 @@ class SSMHook:
         if found.is_complex(): found = torch.view_as_real(found).flatten(-2)
         self._features = found.detach()
 
-    def _ask(self, batch):  # features of a new forward pass, which leaves buffers and random numbers as they were
+    def _ask(self, batch):  # of a new forward pass, which changes no buffer and no random number
         weights = self.adapter.weights
-        buffers, devices = weights.values(weights.buffers), list({v.device for v in weights.tensors.values() if v.is_cuda})
+        buffers = weights.values(weights.buffers)
+        devices = list({v.device for v in weights.tensors.values() if v.is_cuda})
         try:
             with borrowed(weights.tensors.values()), torch.random.fork_rng(devices):
-                if self.part == 'features' and hasattr(self.model, 'extract_features'): return self.model.extract_features(batch).detach()
+                if self.part == 'features' and hasattr(self.model, 'extract_features'):
+                    return self.model.extract_features(batch).detach()
                 self.adapter._outputs(batch, None)
         finally: weights.put(buffers)
         if self._features is None:
@@ -1057,13 +1080,17 @@ class SSMHook:
     def features(self,
                  batch, # mapping of tensors, or a tensor
                 ) -> Tensor: # [B, ..., d]
-        "Features of this batch: of the last forward pass if that saw it with these weights, else of a new one, which changes nothing else. Raises ValueError if there are none."
-        if self.model is None: raise ValueError('the hook listens to no model; call attach(model) first')
-        return self._ask(batch) if self._features is None or not self._saw(batch) else self._features
+        """Features of this batch: of the last forward pass if that saw it with these weights, else
+        of a new one, which changes nothing else. Raises ValueError if there are none."""
+        if self.model is None:
+            raise ValueError('the hook listens to no model; call attach(model) first')
+        if self._features is not None and self._saw(batch): return self._features
+        return self._ask(batch)
 
-
+# %% ../nbs/05_adapter.ipynb #c481e310
 def _entry(batch, name):
-    if name not in batch: raise ValueError(f'{name!r} is missing; there are {sorted(batch)}')
+    if name not in batch:
+        raise ValueError(f'{name!r} is missing; there are {sorted(batch)}')
     return batch[name]
 
 
@@ -1076,7 +1103,7 @@ class MetaRLHook:
                  clip: float = None): # of the ratio; None: off
         self.adapter, self.kind, self.clip = adapter, kind, clip
 
-    def _cube(self, x):  # [M, K, T], from [B] or [B, T] of a module, from [M], [M, K] or [M, K, T] of a stack
+    def _cube(self, x):  # [M, K, T], from [B] or [B, T] of a module, [M] to [M, K, T] of a stack
         x = x if self.adapter.stacked else x.unsqueeze(0)
         return x.reshape(*x.shape, *[1] * (3 - x.dim()))
 
@@ -1099,12 +1126,13 @@ class MetaRLHook:
 
     def policy_loss(self,
                     outputs, # of a policy: 'logits', or 'mean' and 'log_std'; or a tensor of logits
-                    batch: dict, # 'actions', 'advantages'; optional 'logp_old' (default: on policy) and 'mask'
+                    batch: dict, # 'actions', 'advantages'; optional 'logp_old' and 'mask'
                    ) -> Tensor: # a number, or [M]
-        "The policy-gradient loss of the inner loop. Raises ValueError for what is missing or does not fit."
+        "The policy-gradient loss of the inner loop. Raises ValueError for what does not fit."
         logp = action_log_prob(predictions(outputs), _entry(batch, 'actions'))
         before = batch if 'logp_old' in batch else dict(logp_old=logp.detach())
-        old, advantages = self._entry(before, 'logp_old', logp), self._entry(batch, 'advantages', logp)
+        old = self._entry(before, 'logp_old', logp)
+        advantages = self._entry(batch, 'advantages', logp)
         logp, mask = self._cube(logp), self._mask(batch, logp)
         return self._loss(policy_surrogate(logp, old, advantages, mask, self.kind, self.clip))
 
@@ -1125,7 +1153,8 @@ class MetaRLHook:
                      anchor, # of the source at the same inputs
                      batch: dict = None, # optional 'mask'
                     ) -> Tensor: # a number, or [M]
-        "KL(source || adapted), to be added to a loss: the trust region in the space of functions (as in TARL, Xu et al., ICML 2025)."
+        """KL(source || adapted), to be added to a loss: the trust region in the space of functions
+        (as in TARL, Xu et al., ICML 2025)."""
         needed, anchor = ('logits', 'mean', 'log_std'), predictions(anchor)
         anchor = {k: v.detach() for k, v in anchor.items() if k in needed}
         kl = kl_divergence(anchor, predictions(outputs))
@@ -1133,11 +1162,11 @@ class MetaRLHook:
 
 # %% ../nbs/05_adapter.ipynb #050046
 class Memory:
-    "The recurrent state of a model that is being adapted: recomputed after a change of the weights, or known to be stale."
+    "The recurrent state of an adapting model: recomputed after a change, or known to be stale."
 
     def __init__(self,
                  adapter: Adapter, # changes the weights
-                 recompute: Callable = None): # list of all inputs so far -> state under the weights of now; None: keep the state as it is
+                 recompute: Callable = None): # all inputs so far -> state with the weights of now
         self.adapter, self.recompute = adapter, recompute
         self.clear()
 
@@ -1162,6 +1191,7 @@ class Memory:
     @torch.no_grad()
     def state(self):
         "The state, recomputed if that was the choice and the weights have changed; None at first."
-        if self.recompute is not None and self.inputs and (self.adapter.learner.changes != self._changes).any():
+        changed = (self.adapter.learner.changes != self._changes).any()
+        if self.recompute is not None and self.inputs and changed:
             self._state, self._changes = self.recompute(self.inputs), self.adapter.learner.changes
         return self._state

@@ -372,7 +372,7 @@ class RunExperiment(Command):
 
     def run(self):
         "A table on stderr, and its main column as the result."
-        from ssm_metarl.experiments import experiment_lines, run_experiment
+        from ssm_metarl.experiments import run_experiment
         if self.seeds < 1: raise ValueError(f'seeds={self.seeds} is not a positive number')
         if self.seeds > 1000: raise ValueError(f'seeds={self.seeds:.6g} is more than 1000')
         if self.episodes is not None: check_episodes(self.episodes)
@@ -380,9 +380,9 @@ class RunExperiment(Command):
         seeds, folder = range(self.first_seed, self.first_seed + self.seeds), self.out / self.name
         results = run_experiment(self.name, folder, list(seeds), list(self.variants) or None,
                                  self.episodes, self.device, _watched(), **meta)
-        print('\n'.join(experiment_lines(results['table'])), file=sys.stderr)
-        scores = {row['variant']: row['iqm'] for row in results['table']}
-        yield scores | dict(results=str(folder / 'results.json'))
+        experiment = _experiments().find(self.name)
+        print('\n'.join(experiment.lines(results['table'])), file=sys.stderr)
+        yield experiment.scores(results['table']) | dict(results=str(folder / 'results.json'))
 
     def stopped(self, error):
         "Each run is kept."

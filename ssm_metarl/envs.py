@@ -21,7 +21,6 @@ from gymnasium.vector import AutoresetMode
 
 from .batch import EnvBatch, TaskEnv, UnknownOption, stream
 from .drawing import Canvas
-from .files import COUNT_LIMIT
 from .registry import Registry
 
 # %% ../nbs/02_envs.ipynb #020026
@@ -326,7 +325,7 @@ class EnvConfig:
             object.__setattr__(self, f.name, plain(getattr(self, f.name), f.name))
         for name in ('num_envs', 'time_limit', 'episodes_per_trial'):
             value = getattr(self, name)
-            if not _is_integer(value) or not 1 <= value < COUNT_LIMIT:
+            if not _is_integer(value) or not 1 <= value < 2**31:  # as `COUNT_LIMIT`
                 raise ValueError(f'{name}={value!r} is not a positive integer (below 2**31)')
         if not _is_integer(self.seed) or not 0 <= self.seed < 2**63:
             raise ValueError(f'seed={self.seed!r} is not an integer >= 0 and below 2**63')

@@ -58,6 +58,18 @@ class Experiment:
                 raise ValueError(f'variants {other!r} and {name!r} would share one file')
             self.variant(name, self.config.seed)  # a mistake in it shows now
 
+    def lines(self,
+              table: list, # of `run_experiment`
+             ) -> list: # of lines
+        "What was found, for a terminal."
+        return experiment_lines(table)
+
+    def scores(self,
+               table: list, # of `run_experiment`
+              ) -> dict: # variant -> IQM after 0, 1, ... steps
+        "The main column."
+        return {row['variant']: row['iqm'] for row in table}
+
     def variant(self,
                 name: str, # of a variant
                 seed: int, # of the run
@@ -71,12 +83,13 @@ class Experiment:
         return replace(config, seed=seed, meta=replace(config.meta, **meta))
 
 # %% ../nbs/08d_experiments.ipynb #08d10026
-EXPERIMENTS = Registry('experiment', 'experiment', 'register_experiment', home=__name__)
+EXPERIMENTS = Registry('experiment', 'experiment', 'register_experiment',
+                       entries=dict(digits='studies'), home=__name__)
 
 
 def register_experiment(
     name: str, # by which `run_experiment` and the terminal know it
-) -> Callable: # decorator of a function without arguments that returns an `Experiment`
+) -> Callable: # decorator of a function without arguments: an `Experiment`, or a `Study`
     """Add an experiment to the registry. Raises TypeError if the function returns something else,
     ValueError for a name that is taken."""
     if not isinstance(name, str):
@@ -84,7 +97,7 @@ def register_experiment(
                         "write @register_experiment('a name')")
     def decorate(make):
         experiment = make()
-        if not isinstance(experiment, Experiment):
+        if not isinstance(experiment, Experiment) and not hasattr(experiment, 'measure'):
             raise TypeError(f'{make.__name__}() returned {experiment!r:.80}, not an Experiment')
         EXPERIMENTS.add(name, experiment, maker=make)
         return make
@@ -492,6 +505,17 @@ def _checkpoint_folder(row, what):  # beside a row; its name says what it was tr
     return row.with_suffix('') / f'{zlib.crc32(settings.encode()):08x}'
 
 
+def _say(line): print(line, file=sys.stderr)
+
+
+def _run_study(study, name, folder, seeds, variants, progress, device, changes):
+    if device != 'cpu': changes = changes | dict(device=device)
+    if changes:
+        raise ValueError(f'experiment {name!r} trains no policy and has no {", ".join(changes)}; '
+                         'leave that out')
+    return study.run(name, folder, seeds, variants, _say if progress else None)
+
+
 def run_experiment(
     name: str, # one of `EXPERIMENTS`
     folder: Path, # for checkpoints and rows, results.json and results.png
@@ -508,8 +532,11 @@ def run_experiment(
     seeds, meta = as_saved(list(seeds), 'seeds'), as_saved(meta, 'meta')  # NumPy's numbers, too
     episodes = as_saved(episodes, 'episodes')
     if not seeds: raise ValueError('seeds is empty; give at least one')
-    experiment = _on_tasks(EXPERIMENTS.find(name), episodes)
     changes = meta | ({} if episodes is None else dict(episodes=episodes))
+    found = EXPERIMENTS.find(name)
+    if not isinstance(found, Experiment):
+        return _run_study(found, name, folder, seeds, variants, progress, device, changes)
+    experiment = _on_tasks(found, episodes)
     wanted = [_row_conditions(experiment, variant, seed, meta)
               for seed in seeds for variant in (variants or experiment.variants)]
     rows = writable_folder(Path(folder) / 'rows')

@@ -65,7 +65,7 @@ def preserved(
 ):
     """Afterwards each module has its own parts, parameters and buffers again, of the same type, its
     boolean settings (`training`, ...), each parameter its `requires_grad`."""
-    with requires_grad(list(model.parameters())), ExitStack() as exits:  # each even if another fails
+    with requires_grad(list(model.parameters())), ExitStack() as exits:  # each in any case
         for m in model.modules():
             own = dict(m._parameters | m._buffers)
             exits.callback(_put_back, m, dict(m._modules))
@@ -104,8 +104,8 @@ class _Loan:
         with ExitStack() as exits:  # the last one first
             for loan in reversed(ready): exits.callback(_LOANS.remove, loan), exits.push(loan.exits)
         if self in later:
-            raise RuntimeError('a context of this model that was opened later is still open, and has '
-                               'to be left first; what this one gives back waits until then')
+            raise RuntimeError('a context of this model that was opened later is still open, and '
+                               'has to be left first; what this one gives back waits until then')
 
 # %% ../nbs/04e_lending.ipynb #a18ef574
 @contextmanager

@@ -253,7 +253,8 @@ def shrunk_covariance(
     cov = x.T.cov().view(d, d)
     floor = 1e-6 * cov.diagonal().mean() + 1e-12  # a unit that was always silent has no variance
     diagonal = cov.diagonal() + floor
-    return torch.lerp(cov, torch.diag(diagonal), d / (d + n)) + floor * torch.eye(d).to(cov)
+    identity = torch.eye(d, dtype=cov.dtype, device=cov.device)
+    return torch.lerp(cov, torch.diag(diagonal), d / (d + n)) + floor * identity
 
 # %% ../nbs/04c_monitors.ipynb #04c0047
 def halves(

@@ -6,7 +6,7 @@
 __all__ = ['NORM_LAYERS', 'batch_statistics', 'Norm', 'Tent', 'class_logits', 'reliable', 'mean_where', 'surprise', 'EATA', 'SAR',
            'T3A', 'DynamicsHead', 'TTT', 'KLAnchor']
 
-# %% ../nbs/05a_strategies.ipynb #4f2052b1
+# %% ../nbs/05a_strategies.ipynb #8f129fca
 import math
 import warnings
 from collections.abc import Mapping
@@ -18,12 +18,12 @@ from torch.linalg import vector_norm
 from torch.nn import functional as F
 
 from .adapter import AdaptationStrategy, register_adaptation_strategy
-from .guards import flatten
+from .guards import flatten, on_the_cpu
 from .monitors import (described, is_categorical, mask_of, per_task, predictions,
                                  softmax_entropy, task_samples)
 from .policy import entropy, kl_divergence
 
-# %% ../nbs/05a_strategies.ipynb #238979b3
+# %% ../nbs/05a_strategies.ipynb #9d529ed3
 def _choose_statistics(norm, args, kwargs):  # forward pre-hook of a batch norm layer
     x = next(iter((*args, *kwargs.values())))
     norm.training = x.numel() > x.shape[1]  # more than one value per channel
@@ -46,7 +46,7 @@ def batch_statistics(
         for m, training, tracking in before:
             m.training, m.track_running_stats = training, tracking
 
-# %% ../nbs/05a_strategies.ipynb #8db20b86
+# %% ../nbs/05a_strategies.ipynb #d5609628
 @register_adaptation_strategy('norm')
 class Norm(AdaptationStrategy):
     """Batch statistics alone, no gradient (Nado, Padhy, Sculley, D'Amour, Lakshminarayanan & Snoek,
@@ -59,10 +59,10 @@ class Norm(AdaptationStrategy):
         if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in parts): return
         warnings.warn("the model has no batch norm layers, so 'norm' changes nothing", stacklevel=4)
 
-# %% ../nbs/05a_strategies.ipynb #0908e411
-NORM_LAYERS = dict(modules=('*Norm*',), include=('*norm*.*',))  # a module's by class, a stack's by name
+# %% ../nbs/05a_strategies.ipynb #75c5579e
+NORM_LAYERS = dict(modules=('*Norm*',), include=('*norm*.*',))  # by class; a stack's by name
 
-# %% ../nbs/05a_strategies.ipynb #b015cc41
+# %% ../nbs/05a_strategies.ipynb #8d814176
 @register_adaptation_strategy('tent')
 class Tent(AdaptationStrategy):
     """Entropy minimisation on the affine parameters of norm layers, with batch statistics (Wang,
@@ -82,7 +82,7 @@ class Tent(AdaptationStrategy):
     def post_loss(self, loss, outputs, batch):
         return loss + self.adapter.config.entropy_weight * self.own_loss(outputs, batch)
 
-# %% ../nbs/05a_strategies.ipynb #9d5df5db
+# %% ../nbs/05a_strategies.ipynb #79cb873e
 def class_logits(
     outputs, # of a model
     strategy: str, # who asks
@@ -93,7 +93,7 @@ def class_logits(
     raise ValueError(f"strategy={strategy!r} needs classes or discrete actions ('logits'), and the "
                      "outputs are a Gaussian; take 'tent' or 'kl_anchor'")
 
-# %% ../nbs/05a_strategies.ipynb #2c22f4e3
+# %% ../nbs/05a_strategies.ipynb #7dd7a1c0
 def reliable(
     entropies: Tensor, # in nats, [...]
     K: int, # number of classes
@@ -102,7 +102,7 @@ def reliable(
     "Is a prediction sure enough to learn from? (EATA, eq. 3; SAR, eq. 2: E0 = 0.4 ln K)"
     return entropies < margin * math.log(K)
 
-# %% ../nbs/05a_strategies.ipynb #6beeb029
+# %% ../nbs/05a_strategies.ipynb #a4bf9dd1
 def mean_where(
     x: Tensor, # [M, n]
     chosen: Tensor, # bool [M, n]
@@ -110,7 +110,7 @@ def mean_where(
     "Mean over the chosen samples of each task."
     return x.masked_fill(~chosen, 0).sum(1) / chosen.sum(1).clamp(min=1)
 
-# %% ../nbs/05a_strategies.ipynb #0e101052
+# %% ../nbs/05a_strategies.ipynb #25031782
 def surprise(
     logits: Tensor, # [..., K]
     labels: Tensor, # [...]
@@ -118,7 +118,7 @@ def surprise(
     "Cross entropy of each prediction."
     return -logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
-# %% ../nbs/05a_strategies.ipynb #d57af6af
+# %% ../nbs/05a_strategies.ipynb #6f1843f5
 @register_adaptation_strategy('eata')
 class EATA(AdaptationStrategy):
     """Entropy minimisation on samples that are reliable and not redundant, with a Fisher penalty
@@ -128,7 +128,7 @@ class EATA(AdaptationStrategy):
 
     def __init__(self,
                  margin: float = .4, # E0, largest entropy of a reliable sample, as a share of ln K
-                 similarity: float = .4 * 10**.5, # epsilon, largest cosine with what was seen, times K^-1/2
+                 similarity: float = .4 * 10**.5, # epsilon sqrt(K), of the largest cosine
                  decay: float = .9, # of the moving average of what was seen
                  fisher_weight: float = 1.): # beta, of the penalty; 2000 in the paper for ImageNet
         self.margin, self.similarity = margin, similarity
@@ -142,10 +142,10 @@ class EATA(AdaptationStrategy):
         def own_labels(outputs, batch):
             logits = class_logits(outputs, 'eata')
             return self.adapter.task_mean(surprise(logits, logits.argmax(-1)), batch)
-        squares = [{k: g.square() for k, g in self.adapter.gradient(own_labels, b, fwd_fn)[1].items()}
-                   for b in batches]
-        if not squares: raise ValueError('batches is empty; give batches of source data')
-        self.source = {'fisher': {k: torch.stack([s[k] for s in squares]).mean(0) for k in squares[0]}}
+        grads = [self.adapter.gradient(own_labels, b, fwd_fn)[1] for b in batches]
+        if not grads: raise ValueError('batches is empty; give batches of source data')
+        mean_square = lambda k: torch.stack([g[k].square() for g in grads]).mean(0)
+        self.source = {'fisher': {k: mean_square(k) for k in grads[0]}}
 
     def select(self,
                p: Tensor, # predictions, [M, n, K]
@@ -182,7 +182,7 @@ class EATA(AdaptationStrategy):
 
     def step(self, gradient): return *gradient(), self.chosen.any(1)
 
-# %% ../nbs/05a_strategies.ipynb #e0f24a2e
+# %% ../nbs/05a_strategies.ipynb #93bdcef8
 @register_adaptation_strategy('sar')
 class SAR(AdaptationStrategy):
     """Entropy minimisation on reliable samples, towards flat minima, and a reset when the average
@@ -226,7 +226,7 @@ class SAR(AdaptationStrategy):
         self.memory = {'loss': torch.where(done, average, before)}
         self.adapter.restart(self.memory['loss'] < self.collapse * self.largest)
 
-# %% ../nbs/05a_strategies.ipynb #526b43fa
+# %% ../nbs/05a_strategies.ipynb #1180a2a9
 @register_adaptation_strategy('t3a')
 class T3A(AdaptationStrategy):
     """Rows of the last layer become means of test features, no gradient (Iwasawa & Matsuo, NeurIPS
@@ -243,7 +243,8 @@ class T3A(AdaptationStrategy):
     def context(self, model): return batch_statistics(model) if self.norm else nullcontext()
 
     def configure(self, adapter):
-        if adapter.stacked: raise ValueError("strategy='t3a' needs a module, not a stack; take 'tent'")
+        if adapter.stacked:
+            raise ValueError("strategy='t3a' needs a module, not a stack; take 'tent'")
         layers = {k: m for k, m in adapter.target.named_modules() if isinstance(m, nn.Linear)}
         name = self.head or next(reversed(layers), None)
         if name in layers: self.layer = layers[name]
@@ -289,7 +290,8 @@ class T3A(AdaptationStrategy):
 
     def centroids(self) -> Tensor: # [K, d], each of length 1
         "Mean direction of the examples of each class."
-        one_hot = F.one_hot(self.memory['labels'], len(self.layer.weight)).to(self.layer.weight.dtype)
+        rows = self.layer.weight
+        one_hot = F.one_hot(self.memory['labels'], len(rows)).to(rows.dtype)
         return F.normalize(one_hot.T @ F.normalize(self.memory['features'], dim=1), dim=1)
 
     def predict(self, batch, forward):
@@ -297,7 +299,7 @@ class T3A(AdaptationStrategy):
         logits = features @ self.centroids().T
         return logits if isinstance(outputs, Tensor) else {**predictions(outputs), 'logits': logits}
 
-# %% ../nbs/05a_strategies.ipynb #85b26c2a
+# %% ../nbs/05a_strategies.ipynb #032a4ca8
 class DynamicsHead:
     "A network with one hidden layer, as a mapping of tensors, so that it can be saved."
 
@@ -317,16 +319,17 @@ class DynamicsHead:
            ) -> dict: # head
         "Minimise an error from a start that is always the same."
         n, hidden, m = sizes
-        g = torch.Generator().manual_seed(0)
-        start = dict(w1=torch.randn(hidden, n, generator=g) / n**.5, b1=torch.zeros(hidden),
-                     w2=torch.randn(m, hidden, generator=g) / hidden**.5, b2=torch.zeros(m))
+        g = torch.Generator('cpu').manual_seed(0)
+        with on_the_cpu():
+            start = dict(w1=torch.randn(hidden, n, generator=g) / n**.5, b1=torch.zeros(hidden),
+                         w2=torch.randn(m, hidden, generator=g) / hidden**.5, b2=torch.zeros(m))
         head = {k: v.to(like).requires_grad_() for k, v in start.items()}
         optimizer = torch.optim.Adam(list(head.values()), lr=lr)
         with torch.inference_mode(False), torch.enable_grad():
             for _ in range(steps): optimizer.zero_grad(), error(head).backward(), optimizer.step()
         return {k: v.detach() for k, v in head.items()}
 
-# %% ../nbs/05a_strategies.ipynb #11e32b4f
+# %% ../nbs/05a_strategies.ipynb #59e9b0f0
 @register_adaptation_strategy('ttt')
 class TTT(AdaptationStrategy):
     """Predict the agent's own stream: the action from two observations ('inverse'), or the next
@@ -364,7 +367,8 @@ class TTT(AdaptationStrategy):
 
     def _rows(self, action, outputs):  # of actions taken at all steps but the last, [..., T - 1, A]
         if action.is_floating_point():
-            return action[..., :-1, :] if action.dim() == outputs['features'].dim() else action[..., :-1, None]
+            if action.dim() < outputs['features'].dim(): action = action.unsqueeze(-1)
+            return action[..., :-1, :]
         K = class_logits(outputs, 'ttt').shape[-1]
         return F.one_hot(action[..., :-1], K).to(outputs['features'].dtype)
 
@@ -379,7 +383,8 @@ class TTT(AdaptationStrategy):
         if discrete: return surprise(guess, target.argmax(-1))
         return (guess - target).square().mean(-1)
 
-    def _discrete(self, batch): return self.kind == 'inverse' and not batch['actions'].is_floating_point()
+    def _discrete(self, batch):
+        return self.kind == 'inverse' and not batch['actions'].is_floating_point()
 
     def fit_source(self, batches, fwd_fn=None):
         seen = []
@@ -395,12 +400,13 @@ class TTT(AdaptationStrategy):
 
     def post_loss(self, loss, outputs, batch):
         if 'head' not in self.source:
-            raise ValueError("strategy='ttt' needs a head; call fit_source(batches) with source data")
+            raise ValueError("strategy='ttt' needs a head; call fit_source(batches) with source "
+                             'data')
         x, target, mask = self.transitions(outputs, batch)
         errors = self.errors(self.source['head'], x, target, self._discrete(batch))
         return loss + self.adapter.task_mean(errors, dict(mask=mask))
 
-# %% ../nbs/05a_strategies.ipynb #02d98a70
+# %% ../nbs/05a_strategies.ipynb #36a314a6
 @register_adaptation_strategy('kl_anchor')
 class KLAnchor(Tent):
     """Beside the loss (alone: the entropy), keep close to what the source predicts for the batch:

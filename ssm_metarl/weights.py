@@ -41,7 +41,7 @@ class AdaptationConfig:
     max_kl: float | None = None # largest KL(source || adapted) on the batch just seen; None: off
     radius_relative: bool = True # the radius is a multiple of the norm of the source
     radius_per_tensor: bool = False # a ball for each selected parameter instead of one for all
-    ema_decay: float | None = None # keep a moving average of the parameters with this decay; None: off
+    ema_decay: float | None = None # of a moving average of the parameters; None: there is none
     ema_anchor: bool = False # also stay within the radius of that average
     include: tuple = () # names of parameters to adapt; '*' for all; (): what the strategy selects
     exclude: tuple = () # names of parameters not to adapt
@@ -72,7 +72,8 @@ class AdaptationConfig:
             self._check_number(name, lambda x: isinstance(x, int) and x > 0, 'a positive integer',
                                off=name == 'reset_every')
         self._check_number('entropy_weight', lambda x: 0 <= x <= _LARGEST, f'a number >= 0, {upto}')
-        self._check_number('min_log_std', lambda x: abs(x) <= _LARGEST, f'a number of a size {upto}')
+        size = f'a number of a size {upto}'
+        self._check_number('min_log_std', lambda x: abs(x) <= _LARGEST, size)
 
     def _check_number(self, name, fits, needed, off=False):  # off: may it be None?
         value = getattr(self, name)
@@ -129,7 +130,8 @@ def obstacle(
     return ''
 
 # %% ../nbs/04f_weights.ipynb #47b8c1d6
-def _any_match(names, patterns): return any(fnmatchcase(name, p) for name in names for p in patterns)
+def _any_match(names, patterns):
+    return any(fnmatchcase(name, p) for name in names for p in patterns)
 
 
 def _check_match(field, patterns, known):
@@ -149,7 +151,7 @@ def select_parameters(
     tensors = named = target
     if module:
         tensors = dict(target.named_parameters())
-        named = dict(target.named_parameters(remove_duplicate=False))  # a tied one has several names
+        named = dict(target.named_parameters(remove_duplicate=False))  # with all names of tied ones
     aliases = {k: [name for name, other in named.items() if other is v] for k, v in tensors.items()}
     home = lambda k: type(target.get_submodule(k.rpartition('.')[0])).__name__ if module else ''
     classes = {k: home(k) for k in tensors}
@@ -178,8 +180,9 @@ def strategy_selection(
     chosen = replace(config, **{field: selection[field]})
     try: select_parameters(target, chosen)
     except ValueError:
-        warnings.warn(f'the model has no parameters in {", ".join(selection[field])} to adapt, which '
-                      f"this strategy selects; all are adapted (include='*' says so silently)",
+        wanted = ', '.join(selection[field])
+        warnings.warn(f'the model has no parameters in {wanted} to adapt, which this strategy '
+                      "selects; all are adapted (include='*' says so silently)",
                       stacklevel=6)
         return config
     return chosen
@@ -244,8 +247,9 @@ class Weights:
             if now is None and not self.stacked:  # tied to another one in the meantime, perhaps
                 now = dict(self.target.named_parameters(remove_duplicate=False)).get(k)
             if now is None or now.shape != shape or now.device != device:
-                raise ValueError(f'{k} is {_place(now)}, and was {list(shape)} on {device} when the '
-                                 'adapter was made; make a new adapter after changing the model')
+                raise ValueError(f'{k} is {_place(now)}, and was {list(shape)} on {device} when '
+                                 'the adapter was made; make a new adapter after changing the '
+                                 'model')
             if now.dtype not in ADAPTABLE: raise ValueError(f'{k} {obstacle(now)}')
         return tensors
 
@@ -263,13 +267,15 @@ class Weights:
 
     def values(self, names=None) -> dict: # copies of all tensors, or of some
         "Where things stand."
-        return {k: v.detach().clone() for k, v in self.tensors.items() if names is None or k in names}
+        if names is not None and not names: return {}
+        return {k: v.detach().clone() for k, v in self.tensors.items()
+                if names is None or k in names}
 
     @torch.no_grad()
     def put(self,
             values: dict): # name -> tensor, some or all
-        "Write values into the tensors. Raises ValueError, after all others are written, for one that is gone."
-        tensors = self.tensors
+        "Write values into the tensors. Raises ValueError for one that is gone, after the others."
+        tensors = self.tensors if values else {}
         with ExitStack() as exits:  # all of them, even if one does not fit
             for k, v in values.items(): exits.callback(self._put_one, tensors.get(k), k, v)
 

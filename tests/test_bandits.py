@@ -107,7 +107,7 @@ def test_independent_bandits_and_mdps_have_no_other_distribution():
 
 
 @pytest.mark.parametrize('options, message', [({'arms': 1}, 'arms=1 is not an integer >= 2'), ({'arms': 2.5}, 'arms=2.5'), ({'dependent': True}, 'got arms=5, set arms=2'),
-                                              ({'arms': 2, 'dependent': 'no'}, "dependent='no' is neither True nor False"),
+                                              ({'arms': 2, 'dependent': 'no'}, "dependent='no' is not of type bool"),
                                               ({'arm': 3}, 'arms, dependent')])
 def test_impossible_bandits(options, message):
     with pytest.raises(ValueError, match=message): EnvConfig(BANDIT, options=options)

@@ -143,7 +143,7 @@ def bad_files(folder, checkpoint):
     ('eval --checkpoint {c} --episodes 0', 2, 'episodes=0 is not a number from 1'),
     ('eval --checkpoint {c} --seed -1', 2, 'seed=-1'),
     ('adapt --checkpoint {c} --adapt-steps -1', 2, 'steps=-1 is negative'),
-    ('adapt --checkpoint {c} --strategy tnet', 2, "'tnet' is not one of 'none', 'tent'"),
+    ('adapt --checkpoint {c} --strategy tnet', 2, "'tnet' is not one of 'none', 'norm', 'tent'"),
     ('adapt --checkpoint {c} --lr 0', 2, 'lr=0.0 is not a positive number'),
     ('adapt --checkpoint {c} --figure {f}/file/a.png', 1, 'is not a folder that can be written to'),
     ('adapt --checkpoint {c} --figure {f}/a.docx', 2, 'must end in .png, .pdf or .svg'),
@@ -156,7 +156,7 @@ def bad_files(folder, checkpoint):
     ('train --seed', 2, '--seed'),
     ('train --outer-steps many', 2, '--outer-steps'),
     ('eval --checkpoint {f}', 1, 'cannot be read'),
-    ('experiment nav3d --out {f}', 2, "experiment='nav3d' is not one of 'nav2d'"),
+    ('experiment nav3d --out {f}', 2, "experiment='nav3d' is not one of 'digits', 'nav2d'"),
     ('experiment nav2d --out {f}/x --variants LSTM', 2, "variant='LSTM' is not one of 'SSM', 'no memory', 'GRU'"),
     ('experiment nav2d --out {f} --seeds 0', 2, 'seeds=0 is not a positive number'),
     ('experiment nav2d --out {f}/file/x', 1, 'is not a folder that can be written to'),
@@ -236,10 +236,10 @@ def test_help_names_what_a_plugin_adds_and_fits_a_terminal(tmp_path):
     helped = subprocess.run([*PROGRAMS[0], 'train', '--plugin', str(tmp_path / 'mine.py'), '--help'], cwd=ROOT, capture_output=True, text=True, env=os.environ | {'COLUMNS': '80'})
     text = ' '.join(helped.stdout.replace('│', ' ').split())
     assert helped.returncode == 0 and max(map(len, helped.stdout.splitlines())) <= 80
-    assert 'none, tent, sleepy' in text and '--plugin FILE.py|MODULE' in text
+    assert 'none, norm, tent, t3a, eata, sar, ttt, kl_anchor, sleepy' in text and '--plugin FILE.py|MODULE' in text
     assert text.index('--seed') < text.index('--meta.outer-steps') < text.index('--adapt.steps') < text.index('--policy.hidden-dim')
     listed = run('list', 'strategies', f'--plugin={tmp_path / "mine.py"}')
-    assert listed.returncode == 0 and 'sleepy  (from mine.py) Does nothing, slowly.' in listed.stdout
+    assert listed.returncode == 0 and 'sleepy (from mine.py) Does nothing, slowly.' in ' '.join(listed.stdout.split())
 
 
 def test_learning_curves_of_two_runs(trained, tmp_path, capsys):

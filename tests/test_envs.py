@@ -828,3 +828,9 @@ def test_calls_in_the_wrong_order():
 def test_a_config_can_be_sent_to_another_process():
     config = EnvConfig(num_envs=3, seed=5)
     assert pickle.loads(pickle.dumps(config)) == config
+
+
+def test_the_largest_count_is_that_of_all_configs():
+    from ssm_metarl.files import COUNT_LIMIT
+    assert EnvConfig(time_limit=COUNT_LIMIT - 1).time_limit == COUNT_LIMIT - 1
+    with pytest.raises(ValueError, match='is not a positive integer'): EnvConfig(time_limit=COUNT_LIMIT)
