@@ -323,7 +323,8 @@ def online_episode(
         if config.rollback and earlier is not None:
             fell = reward_fell(traj, config.online_interval)
             adapter.take_back(earlier, fell)
-            share = torch.where(fell, share / 2, share)
+            longer = (1.5 * share).clamp(max=config.online_scale)
+            share = torch.where(fell, share / 2, longer)
         earlier = adapter.snapshot()
         online_step(policy, adapter, traj, meta, config, share, inner_lr)
         episode.recompute_memory(adapter.params, traj)

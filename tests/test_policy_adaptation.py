@@ -223,7 +223,7 @@ def test_an_online_update_has_a_size_of_its_own_that_is_halved_where_it_hurt(mon
     for t, seen in zip(range(2, 8, 2), scales, strict=True):
         if t > 2:
             fell = (reward[:, t - 2:t].mean(1) < reward[:, t - 4:t - 2].mean(1)).numpy()
-            share = np.where(fell, share / 2, share)
+            share = np.where(fell, share / 2, np.minimum(1.5 * share, .25))
             fallen.append(fell)
         np.testing.assert_allclose(seen, share)
     assert 0 < np.mean(fallen) < 1
