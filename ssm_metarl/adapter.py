@@ -27,7 +27,7 @@ from .policy import kl_divergence
 from .registry import Registry
 from .weights import AdaptationConfig, Weights
 
-# %% ../nbs/05_adapter.ipynb #d6007398
+# %% ../nbs/05_adapter.ipynb #a619526a
 class AdaptationStrategy:
     """How to learn at test time. Each method is a hook with a default; a subclass changes some.
 
@@ -110,7 +110,7 @@ class AdaptationStrategy:
         "Is there anything to learn without a gradient?"
         return type(self).learn is not AdaptationStrategy.learn
 
-# %% ../nbs/05_adapter.ipynb #dada5dc9
+# %% ../nbs/05_adapter.ipynb #c6dd6f14
 STRATEGIES = Registry(
     'strategy', 'strategy', 'register_adaptation_strategy', AdaptationStrategy,
     dict(none='adapter') | dict.fromkeys(
@@ -125,7 +125,7 @@ def register_adaptation_strategy(
     place. Raises ValueError if another class has the name, TypeError for another kind of class."""
     return STRATEGIES.register(name)
 
-# %% ../nbs/05_adapter.ipynb #2748980a
+# %% ../nbs/05_adapter.ipynb #578a2931
 def make_strategy(
     name: str | AdaptationStrategy, # registered, or a strategy itself
 ) -> AdaptationStrategy:
@@ -133,7 +133,7 @@ def make_strategy(
     if isinstance(name, AdaptationStrategy): return name
     return STRATEGIES.find(name)()
 
-# %% ../nbs/05_adapter.ipynb #3ea5848a
+# %% ../nbs/05_adapter.ipynb #e4546e0c
 def bind_strategy(
     strategy: AdaptationStrategy, # of no other adapter
     adapter, # Adapter, complete
@@ -145,13 +145,13 @@ def bind_strategy(
     strategy.adapter, strategy.source, strategy.memory = adapter, {}, {}
     strategy.configure(adapter)
 
-# %% ../nbs/05_adapter.ipynb #aca413c1
+# %% ../nbs/05_adapter.ipynb #b591b659
 @register_adaptation_strategy('none')
 class NoStrategy(AdaptationStrategy):
     """Adds nothing: the guarded step goes downhill on the caller's loss; without a loss, nothing
     happens at all."""
 
-# %% ../nbs/05_adapter.ipynb #1cadc3d3
+# %% ../nbs/05_adapter.ipynb #2d087cd4
 class LentModel:
     "A model, or a stack, with a learner that changes it and contexts that give it back."
 
@@ -229,7 +229,7 @@ class LentModel:
             self.weights.put_rows(rows)
             yield
 
-# %% ../nbs/05_adapter.ipynb #0b49f014
+# %% ../nbs/05_adapter.ipynb #de4f15b8
 def task_numbers(
     name: str, # of the argument, for the message
     value, # a number, or one for each task
@@ -245,7 +245,7 @@ def task_numbers(
     except (TypeError, ValueError, RuntimeError): pass
     raise ValueError(f'{name}={value!r:.80} is neither a number nor one for each of {M} tasks')
 
-# %% ../nbs/05_adapter.ipynb #3fbbb8a2
+# %% ../nbs/05_adapter.ipynb #06a28381
 def _check_loss(loss, M, stacked):
     if not isinstance(loss, Tensor) or loss.numel() != M or stacked and loss.dim() != 1:
         what = f'of shape {tuple(loss.shape)}' if isinstance(loss, Tensor) else repr(loss)
@@ -277,7 +277,7 @@ def loss_gradients(
     grads = {k: g if stacked else g.unsqueeze(0) for k, g in found.items()}
     return loss.detach().reshape(M), grads
 
-# %% ../nbs/05_adapter.ipynb #cd07632d
+# %% ../nbs/05_adapter.ipynb #d68b89f2
 def _numbers_of(outputs):  # what a divergence is computed from, by name
     return {k: v.detach() for k, v in predictions(outputs).items()
             if k in ('logits', 'mean', 'log_std')}
@@ -293,7 +293,7 @@ def source_divergence(
     a, b = ({k: v.double() for k, v in _numbers_of(x).items()} for x in (anchor, outputs))
     return task_mean(kl_divergence(a, b), batch, stacked)
 
-# %% ../nbs/05_adapter.ipynb #8ba79998
+# %% ../nbs/05_adapter.ipynb #87463456
 class Asked(LentModel):
     "Outputs and gradients of a lent model."
 
@@ -353,7 +353,7 @@ class Asked(LentModel):
         raise ValueError('all parameters that were selected have been frozen since then '
                          '(requires_grad=False); thaw some, or set trainable_only=False')
 
-# %% ../nbs/05_adapter.ipynb #54b3b45f
+# %% ../nbs/05_adapter.ipynb #a69b0e55
 STEP_COUNTS = ('steps', 'clipped', 'bounded', 'projected', 'shortened', 'skipped', 'gated')
 
 
@@ -425,7 +425,7 @@ class Steps(Asked):
         self.age = self.age.masked_fill(who, 0)
         self.counters['restarted'] = self.counters['restarted'] + who
 
-# %% ../nbs/05_adapter.ipynb #6b359d5c
+# %% ../nbs/05_adapter.ipynb #099223b3
 class Watched(Steps):
     "What an adapter sees while it works: predictions, features, returns."
 
@@ -499,7 +499,7 @@ class Watched(Steps):
         self.counters['restored'] = self.counters['restored'] + fallen
         return self._report(fallen)
 
-# %% ../nbs/05_adapter.ipynb #5111bf44
+# %% ../nbs/05_adapter.ipynb #84dd0396
 #| code-fold: true
 #| code-summary: "The state of an adapter"
 def _flat(tree, prefix=''):  # nested dicts -> {'a/b/c': value}, without None
@@ -554,7 +554,7 @@ def adapter_state(
     state = {k: v.detach().clone() for k, v in _flat(tree).items()} | dict(settings=settings)
     return state | dict(digest=_digest(state))
 
-# %% ../nbs/05_adapter.ipynb #22b0f950
+# %% ../nbs/05_adapter.ipynb #446752ba
 #| code-fold: true
 #| code-summary: "Checks of a state that is loaded"
 _OPTIONAL = ('last_return', 'settings')  # of any size, or not there
@@ -604,7 +604,7 @@ def checked_state(
                              'outside the trust region; use the config that it was saved with')
     return tree
 
-# %% ../nbs/05_adapter.ipynb #672f5c2d
+# %% ../nbs/05_adapter.ipynb #777ea6b5
 class Saved(Watched):
     "An adapter's state, as a mapping and as a file."
     format, format_version = 'ssm_metarl.Adapter', 4
@@ -652,7 +652,7 @@ class Saved(Watched):
             if state[k].dtype == torch.int16: state[k] = state[k].view(torch.bfloat16)
         self.load_state_dict(state)
 
-# %% ../nbs/05_adapter.ipynb #98a4e40e
+# %% ../nbs/05_adapter.ipynb #0e51c34b
 _COUNTED = ('steps', 'clipped', 'bounded', 'projected', 'shortened', 'skipped', 'gated',
             'restarted', 'restored')
 
@@ -746,7 +746,7 @@ class Adapter(Saved):
         mean = task_mean(x, batch, self.stacked)
         return mean if self.stacked else mean.squeeze(0)
 
-# %% ../nbs/05_adapter.ipynb #2066bb92
+# %% ../nbs/05_adapter.ipynb #1d28de96
 def create_adapter(
     model, # nn.Module; or, with stacked=True, dict name -> [M, ...]
     config: AdaptationConfig = None, # None: the defaults
