@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from scipy import special
 from torch import nn
 
-from ssm_metarl.adapter import AdaptationConfig, AdaptationStrategy, bind_strategy, create_adapter, shorter
+from ssm_metarl.adapter import AdaptationConfig, AdaptationStrategy, bind_strategy, create_adapter
+from ssm_metarl.learner import shorter
 from ssm_metarl.strategies import EATA, SAR, T3A, TTT, KLAnchor, Norm, Tent, batch_statistics
 
 torch.set_num_threads(1)
