@@ -10,7 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from ssm_metarl.monitors import FeatureMonitor, Monitors, halves, shrunk_covariance, stream_batches
+from ssm_metarl.monitors import (
+    FeatureMonitor, Moments, Monitors, check_features, choose, conformal_threshold, described,
+    distance_from, halves, is_categorical, per_task, predictions, shift_distances,
+    shrunk_covariance, softmax_entropy, stream_batches, task_mean, uncertainty)
 
 sys.path.insert(0, str(Path(__file__).parent.parent / 'benchmarks'))
 import drift  # noqa: E402
@@ -34,6 +37,120 @@ def alarmed(monitor, x, mask):
     monitor.forget()
     for t in range(x.shape[1]): monitor.update(x[:, t], mask[:, t])
     return monitor.raised
+
+
+def test_outputs_of_many_kinds():
+    assert softmax_entropy(torch.zeros(3, 5)).tolist() == pytest.approx([math.log(5)] * 3)
+    assert is_categorical(dict(logits=1)) and not is_categorical(dict(mean=1, log_std=1))
+    assert described(torch.zeros(2)) == 'a tensor torch.float32 [2]'
+    assert described(dict(b=1, a=2)) == "a mapping with ['a', 'b']" and described(3.) == 'a float'
+    logits = torch.zeros(2, 5)
+    assert list(predictions(logits)) == ['logits']
+    for odd in (torch.zeros(2), torch.zeros(2, 1), logits.long(), torch.zeros(2, 5, 4, 4), (logits,), dict(out=logits)):
+        with pytest.raises(ValueError, match='write an fwd_fn'): predictions(odd)
+
+
+def one(*logits): return dict(logits=torch.tensor([logits]))
+
+
+def gaussian(mean, log_std=0.): return dict(mean=torch.tensor([[mean]]), log_std=torch.tensor([[log_std]]))
+
+
+@pytest.mark.parametrize('members, expected', [
+    ([one(40., -40.), one(-40., 40.)], (math.log(2), math.log(2), .5, .5, .5, 1)),  # sure of opposite things: all of it is epistemic
+    ([one(0., 0.), one(0., 0.)], (math.log(2), 0, .5, 0, .5, 1)),  # both toss a coin: none of it is
+    ([one(0., 0.)], (math.log(2), None, .5, None, .5, 1)),  # alone: there is no such thing
+    ([gaussian(0.), gaussian(4.)], (math.log(2 * math.pi * math.e * 5) / 2, None, 5, 4, None, None)),
+    ([gaussian(4.)], (math.log(2 * math.pi * math.e) / 2, None, 1, None, None, None))])
+def test_uncertainty_by_hand(members, expected):
+    report = uncertainty(members)
+    names = 'entropy', 'mutual_information', 'variance', 'epistemic_variance', 'confidence', 'entropy_normalised'
+    for name, value in zip(names, expected):
+        if value is None: assert report[name] is None, name
+        else: assert report[name].item() == pytest.approx(value, abs=1e-6), name
+
+
+@given(st.integers(0, 1000), st.integers(2, 5), st.integers(2, 6))
+def test_mutual_information_is_the_mean_divergence_from_the_mean(seed, S, K):
+    logits = 3 * random(seed, S, 7, K)
+    p = logits.softmax(-1).numpy()
+    expected = stats.entropy(p, p.mean(0, keepdims=True), axis=-1).mean(0)
+    np.testing.assert_allclose(uncertainty([dict(logits=x) for x in logits])['mutual_information'], expected, atol=1e-9)
+
+
+def test_how_far_predictions_moved():
+    moved = distance_from(one(40., -40.), one(-40., 40.))
+    assert [moved[k].item() for k in ('kl_to_source', 'jensen_shannon', 'label_flips')] == pytest.approx([80, math.log(2), 1], rel=1e-4)
+    moved = distance_from(gaussian(4.), gaussian(0.))
+    assert moved['kl_to_source'].item() == pytest.approx(8) and moved['jensen_shannon'] is moved['label_flips'] is None
+
+
+def test_rows_of_tasks_and_masks():
+    assert per_task(torch.tensor([1., 2.]), torch.zeros(2, 3, 1)).shape == (2, 1, 1)
+    picked = choose(torch.tensor([True, False]), {'w': torch.ones(2, 3)}, {'w': torch.zeros(2, 3)})
+    assert picked['w'].sum(1).tolist() == [3, 0]
+    x, mask = torch.tensor([[1., 3., 99.], [5., 99., 99.]]), torch.tensor([[True, True, False], [True, False, False]])
+    assert task_mean(x, {'mask': mask}, stacked=True).tolist() == [2., 5.]
+    assert task_mean(x, {'mask': mask}, stacked=False).tolist() == [3.]
+    assert task_mean(x, None, stacked=True).tolist() == pytest.approx([103 / 3, 203 / 3])
+
+
+def test_moments_by_hand_and_tasks_without_a_sample():
+    "Values 0, then 3, decay 1/2: weights 1/4 and 1/2, so the mean is 1.5 / 0.75, worth 0.75^2 / (1/16 + 1/4) samples."
+    moments, on = Moments(.5), torch.ones(1, 1, dtype=torch.bool)
+    for v in (0., 3.): moments.update(torch.full((1, 1, 1), v), on)
+    assert [moments.mean.item(), moments.var.item(), moments.samples.item(), moments.batches.item()] == pytest.approx([2, 2, 1.8, 2])
+    before = moments.sums
+    moments.update(torch.full((1, 1, 1), math.nan), ~on)
+    assert all(torch.equal(v, before[k]) for k, v in moments.sums.items())
+
+
+def test_batches_of_streams():
+    assert stream_batches(torch.arange(8.).view(1, 2, 4), 2).tolist() == [[[0, 1, 4, 5], [2, 3, 6, 7]]]
+    assert stream_batches(torch.zeros(3, 2, 6, 5), 3).shape == (3, 2, 6, 5)
+
+
+def test_halves_and_covariance():
+    assert torch.cat(halves(7)).sort().values.tolist() == list(range(7)) and list(map(len, halves(7))) == [3, 4]
+    x = random(0, 4, 4)
+    assert shrunk_covariance(x)[0, 1].item() == pytest.approx(np.cov(x.T.numpy())[0, 1] * 4 / (4 + 4))
+    with pytest.raises(ValueError, match='x has 1 sample; a covariance needs two'): shrunk_covariance(x[:1])
+    with pytest.raises(ValueError, match='features are a ndarray; give a tensor'): check_features(np.zeros((2, 3)))
+
+
+@given(st.integers(1, 200), st.floats(.01, .99))
+def test_the_threshold_is_the_smallest_that_keeps_the_rate(n, rate):
+    "One more score is equally likely in each of n + 1 places, so a threshold of rank r is passed with probability (n + 1 - r) / (n + 1)."
+    scores = torch.from_numpy(np.random.default_rng(n).permutation(n) + 1.)  # rank r is the number r
+    allowed = [r for r in range(1, n + 1) if (n + 1 - r) / (n + 1) <= rate + 1e-12]
+    if not allowed:
+        with pytest.raises(ValueError, match='needs at least'): conformal_threshold(scores, rate)
+    else: assert conformal_threshold(scores, rate).item() == allowed[0]
+
+
+@pytest.mark.parametrize('n', [6, 19, 48, 97])
+def test_the_fewest_scores_that_allow_a_rate(n):
+    "The largest of them is the threshold, whatever the rounding of 1 / (n + 1)."
+    assert conformal_threshold(torch.arange(float(n)), 1 / (n + 1)).item() == n - 1
+
+
+def test_p_values_are_uniform_for_independent_samples():
+    monitor = FeatureMonitor(.95)
+    monitor.calibrate(random(0, 20_000, 8) @ random(1, 8, 8))
+    for t in range(100): monitor.moments.update(random(2 + t, 1000, 4, 8) @ random(1, 8, 8), torch.ones(1000, 4, dtype=torch.bool))
+    p = shift_distances(monitor.moments, monitor.source)['shift_p'].numpy()
+    assert stats.kstest(p, 'uniform').pvalue > .001
+
+
+def test_a_state_is_put_back():
+    monitors, other = Monitors(.9, stacked=True), Monitors(.9, stacked=True)
+    outputs, mask = dict(logits=torch.zeros(2, 3, 5)), torch.tensor([[True, True, False], [True, False, False]])
+    report = monitors.observe(outputs, {'mask': mask}, torch.ones(2, 3, 4), None)
+    assert report['entropy'].tolist() == pytest.approx([math.log(5)] * 2) and report['mutual_information'] is None and 'mahalanobis' not in report
+    assert monitors.features.moments.samples.tolist() == pytest.approx([2, 1])
+    other.put(monitors.state())
+    assert other.state() == monitors.state()
+    with pytest.raises(ValueError, match='those of 3 tasks, and those before of 2'): other.observe(dict(logits=torch.zeros(3, 3, 5)), {}, None, None)
 
 
 @pytest.mark.parametrize('rate', [.05, .2])
