@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from .batch import EnvBatch, stream
 from .envs import EnvConfig, sample_tasks
+from .maml import JointTraining
 from .meta_learner import MetaConfig
 from .policy import PolicyConfig, SSMMetaPolicy
-from .relatives import JointTraining
 
 # %% ../nbs/06b_policy_shift.ipynb #06b0007
 CART_POLE = EnvConfig('MetaCartPole-v0', num_envs=1, time_limit=500,
