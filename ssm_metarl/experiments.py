@@ -84,7 +84,7 @@ class Experiment:
 
 # %% ../nbs/08d_experiments.ipynb #08d10026
 EXPERIMENTS = Registry('experiment', 'experiment', 'register_experiment',
-                       entries=dict(digits='studies'))
+                       entries={'digits': 'studies', 'cartpole-shift': 'studies'})
 
 
 def register_experiment(

@@ -165,7 +165,7 @@ def episode_length(
     "Steps in a window for each episode that ended in it; at most the time limit."
     return np.minimum(len(ends) / np.maximum(ends.sum(0), 1), limit)
 
-# %% ../nbs/06b_policy_shift.ipynb #06b0026
+# %% ../nbs/06b_policy_shift.ipynb #06b0027
 class ForwardModel(nn.Module):
     """The next observation, affine in the action u and in a context z of the physics; with this
     context inferred by regression as in ALPaCA (Harrison et al., WAFR 2018)."""
@@ -240,7 +240,7 @@ class ForwardModel(nn.Module):
         back = back.view(N, O, -1) * (1 - h1**2)[:, None]
         return (back.reshape(N * O, -1) @ self.W1).view(N, O, O)
 
-# %% ../nbs/06b_policy_shift.ipynb #06b0028
+# %% ../nbs/06b_policy_shift.ipynb #06b0029
 class Transitions(NamedTuple):
     "What a forward model learns from: N streams of T steps."
     o: Tensor # observations, [N, T, O]
@@ -248,7 +248,7 @@ class Transitions(NamedTuple):
     after: Tensor # what follows, [N, T, O]
     starts: Tensor # first observations of episodes, [S, O]
 
-# %% ../nbs/06b_policy_shift.ipynb #06b0029
+# %% ../nbs/06b_policy_shift.ipynb #06b0030
 def collect_source(
     policy, # as in `Player`
     tasks: list, # N training tasks
@@ -272,7 +272,7 @@ def collect_source(
     o, u, after = (torch.from_numpy(np.stack(x, 1)).float() for x in zip(*rows))
     return Transitions(o, u, after, torch.from_numpy(np.concatenate(starts)).float())
 
-# %% ../nbs/06b_policy_shift.ipynb #06b0030
+# %% ../nbs/06b_policy_shift.ipynb #06b0032
 class Prior(NamedTuple):
     "What is known of a stream before anything was seen."
     z_mean: Tensor # of the contexts of the source's tasks, [Z]
@@ -281,7 +281,7 @@ class Prior(NamedTuple):
     start_var: Tensor # [O]
     error: Tensor # mean squared error of the model in training, [O]
 
-# %% ../nbs/06b_policy_shift.ipynb #06b0031
+# %% ../nbs/06b_policy_shift.ipynb #06b0033
 def train_forward(
     data: Transitions, # of the source
     seed: int = 0, # of weights and batches
