@@ -20,7 +20,7 @@ from .monitors import conformal_threshold
 from .policy_shift import (CART_POLE, SHIFTS, ForwardModel, Player, Prior, Streams,
                                      collect_source, episode_length, train_forward, train_source)
 
-# %% ../nbs/06c_calibration.ipynb #06c0007
+# %% ../nbs/06c_calibration.ipynb #06c0009
 def kalman_update(
     x: Tensor, # mean of the belief, [..., D]
     P: Tensor, # its covariance, [..., D, D]
@@ -35,7 +35,7 @@ def kalman_update(
     P = P - K @ PA.mT
     return x + (K @ surprise.unsqueeze(-1)).squeeze(-1), (P + P.mT) / 2
 
-# %% ../nbs/06c_calibration.ipynb #06c0008
+# %% ../nbs/06c_calibration.ipynb #06c0014
 class Hypothesis(NamedTuple):
     "One explanation of a stream."
     free: bool # are the sensors' offset and the motor's gain estimated?
@@ -49,7 +49,7 @@ HYPOTHESES = {
     'source': Hypothesis(False, 1., False, 0., 0.), 'noisy': Hypothesis(False, 1., True, .04, 0.),
     'offset': Hypothesis(True, 1., True, 0., .2), 'reversed': Hypothesis(True, -1., True, 0., .4)}
 
-# %% ../nbs/06c_calibration.ipynb #06c0009
+# %% ../nbs/06c_calibration.ipynb #06c0016
 class SensorNoise:
     "Variance of the sensors' errors, from surprises that the belief does not explain."
 
@@ -74,7 +74,7 @@ class SensorNoise:
         self.sum = self.decay * self.sum + (nu**2 - spread).clamp(min=0)
         self.weight = self.decay * self.weight + 1
 
-# %% ../nbs/06c_calibration.ipynb #06c0010
+# %% ../nbs/06c_calibration.ipynb #06c0018
 class Evidence:
     "Moving averages of the surprises of H x N filters."
     burn, decay, start_decay = 5, .98, .7 # steps that do not count; per step; per episode
@@ -118,7 +118,7 @@ class Evidence:
         "Mean squared surprise of first observations."
         return self.start_square / (1 - self.start_decay**self.starts).clamp(min=1e-9)[:, None]
 
-# %% ../nbs/06c_calibration.ipynb #06c0011
+# %% ../nbs/06c_calibration.ipynb #06c0020
 class CalibrationBank:
     "A Kalman filter for each of N streams and H hypotheses, over what the stream does not tell."
     # the state x: true observation o [O], offset c [O] of the sensors, gain g of the motor,
@@ -208,7 +208,7 @@ class CalibrationBank:
         self.evidence.start(nu, nu / sd, rows)
         self.x[:, rows], self.P[:, rows] = kalman_update(x, P, nu, self.A, self.noise.R[:, rows])
 
-# %% ../nbs/06c_calibration.ipynb #06c0012
+# %% ../nbs/06c_calibration.ipynb #06c0022
 def explain_errors(
     bank: CalibrationBank, # whose beliefs
 ) -> Tensor: # [H, N]; smaller is better
@@ -217,7 +217,7 @@ def explain_errors(
     distance = (z * torch.linalg.solve(bank.prior.z_cov, z.unsqueeze(-1)).squeeze(-1)).sum(-1)
     return (bank.evidence.step_error + bank.floor).log() + bank.radius_weight * distance
 
-# %% ../nbs/06c_calibration.ipynb #06c0013
+# %% ../nbs/06c_calibration.ipynb #06c0024
 def explain(
     bank: CalibrationBank, # whose beliefs
 ) -> Tensor: # [H, N]; smaller is better
@@ -226,7 +226,7 @@ def explain(
     starts = bank.evidence.start_error + bank.prior.start_var + noise
     return explain_errors(bank) + .5 * starts.log().sum(-1)
 
-# %% ../nbs/06c_calibration.ipynb #06c0014
+# %% ../nbs/06c_calibration.ipynb #06c0026
 def alarm_scores(
     bank: CalibrationBank, # whose surprises
 ) -> dict: # name -> [N, k], large where the source's model does not fit
@@ -238,7 +238,7 @@ def alarm_scores(
     return dict(mean=seen.mean[0].abs(), square=seen.square[0], starts=starts,
                 better=better[:, None])
 
-# %% ../nbs/06c_calibration.ipynb #06c0015
+# %% ../nbs/06c_calibration.ipynb #06c0028
 @dataclass(frozen=True)
 class Calibration:
     "What is normal for a policy and its forward model."
@@ -246,7 +246,7 @@ class Calibration:
     thresholds: dict # name of an alarm -> [k]
     margin: float # how much worse than the source the best other hypothesis looks at home
 
-# %% ../nbs/06c_calibration.ipynb #06c0016
+# %% ../nbs/06c_calibration.ipynb #06c0030
 class Gate:
     "Which hypothesis a stream follows."
     hysteresis = .5 # of log errors
@@ -298,7 +298,7 @@ class Gate:
         sign = 1 - 2 * (x[:, self.bank.g] < 0).long()
         return seen - x[:, self.bank.c].numpy(), sign.numpy()
 
-# %% ../nbs/06c_calibration.ipynb #06c0017
+# %% ../nbs/06c_calibration.ipynb #06c0032
 def play_calibrated(
     policy, # as in `Player`
     bank: CalibrationBank, # a new one, of the streams' size
@@ -325,7 +325,7 @@ def play_calibrated(
         if watch: watch(t, bank)
     return np.array(ends), np.array(applied)
 
-# %% ../nbs/06c_calibration.ipynb #06c0018
+# %% ../nbs/06c_calibration.ipynb #06c0034
 @torch.no_grad()
 def calibrate(
     policy, # as in `Player`
@@ -360,7 +360,7 @@ def _threshold(peaks, n, rate):  # [N, k] -> [k]; the first n streams give the u
     unit = peaks[:n].median(0).values.clamp(min=1e-9)
     return unit * conformal_threshold((peaks[n:] / unit).amax(1), rate)
 
-# %% ../nbs/06c_calibration.ipynb #06c0019
+# %% ../nbs/06c_calibration.ipynb #06c0046
 @torch.no_grad()
 def compare_modes(
     policy, # as in `Player`
@@ -392,7 +392,7 @@ def compare_modes(
                           for k, h in enumerate(bank.names)})
             for i, name in enumerate(names) for j, mode in enumerate(modes)]
 
-# %% ../nbs/06c_calibration.ipynb #06c0020
+# %% ../nbs/06c_calibration.ipynb #06c0047
 def shift_scores(
     seed: int, # of everything
     n: int = 16, # held-out tasks for each shift

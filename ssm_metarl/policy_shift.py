@@ -91,7 +91,7 @@ class Streams:
                  tasks: list, # N records of cart-poles, before the shift
                  shifts: list, # N objects `Shift`
                  seed: int, # of starts, signs, sizes and noise
-                 keys: list = None): # N integers; streams of one key share their luck. None: 0 to N-1
+                 keys: list = None): # N integers; equal ones share their luck. None: 0 to N-1
         N = self.N = len(tasks)
         self.keys = list(range(N)) if keys is None else list(keys)
         if not N == len(shifts) == len(self.keys):
