@@ -274,6 +274,8 @@ class Gate:
         self.heard |= rings['starts']
         self.rung |= torch.stack(list(rings.values())).any(0)
         scores = explain(self.bank)
+        quiet = ~(self.heard | self.always)  # an offset would have been heard at the starts
+        scores[self.bank.names.index('offset'), quiet] = torch.inf
         self._choose(scores)
         gain = scores[0] - scores.gather(0, self.chosen[None])[0]
         good = torch.where(self.heard, gain > -self.calibration.margin, gain > self.hysteresis)

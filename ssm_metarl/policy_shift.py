@@ -116,7 +116,7 @@ class Streams:
     def step(self,
              action: np.ndarray, # int [N], 0 or 1
             ) -> tuple: # after [N, 4], over bool [N], seen [N, 4]
-        "What the sensors show after the action; which episodes are over; what the policy sees next."
+        "What the sensors show after the action; which episodes are over; what comes next."
         obs, _, terminated, truncated, info = self.env.step(action)
         over = terminated | truncated
         last, seen = self._seen(info.get('final_obs', obs)), self._seen(obs)
