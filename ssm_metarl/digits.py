@@ -181,9 +181,9 @@ DIGIT_SETTINGS = {
         'kl_anchor': {'lr': 3e-2, 'weight': .3}, 't3a': {'per_class': 20},
         't3a+norm': {'per_class': 20, 'norm': True}},
     'GroupNorm': {
-        'none': {}, 'tent': {'lr': 1e-2, 'steps': 1}, 'eata': {'lr': 1e-2, 'margin': .4},
-        'sar': {'lr': 1e-2, 'rho': .05}, 'kl_anchor': {'lr': 1e-2, 'weight': .3},
-        't3a': {'per_class': 50}}}
+        'none': {}, 'tent': {'lr': 1e-3, 'steps': 1}, 'eata': {'lr': 1e-3, 'margin': .8},
+        'sar': {'lr': 1e-3, 'rho': .02}, 'kl_anchor': {'lr': 1e-3, 'weight': 1.},
+        't3a': {'per_class': 20}}}
 
 # %% ../nbs/05b_digits.ipynb #05b0025
 def digit_adapter(

@@ -155,7 +155,8 @@ def _draw_panel(ax, rows, strategies):  # errors with their intervals
         ax.vlines(place, low, high, color=MODE_COLOURS[mode], lw=1.2)
         ax.plot(place, [row['error'] for row in some], 'o', color=MODE_COLOURS[mode], ms=4,
                 label=mode)
-    ax.set_xticks(range(len(strategies)), strategies, rotation=45, ha='right')
+    ax.set_xticks(range(len(strategies)), strategies, rotation=45, ha='right',
+                  rotation_mode='anchor')
 
 
 def plot_digits(
@@ -181,8 +182,7 @@ def _show_digits(row):
     if 'difference' in row and row['strategy'] != row['reference']:
         pair = (f', minus {row["reference"]} {row["difference"]:.1f} '
                 + show_interval(row['difference_ci95']))
-    return (f'{row["name"]:>36}: error {row["error"]:.1f} % {show_interval(row["error_ci95"])}'
-            f'{pair}, clean {row["errors"]["clean"]:.1f}')
+    return f'{row["name"]:>34}: {row["error"]:.1f} % {show_interval(row["error_ci95"])}{pair}'
 
 
 def _draw_first(table):  # of the first network that is there

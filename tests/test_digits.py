@@ -34,9 +34,12 @@ def test_entropy_minimisation_is_not_worse_than_batch_statistics(table):
         for protocol in ('reset', 'continual'): assert table['BatchNorm', protocol, name, 'free']['difference'] <= .5
 
 
-def test_prototypes_help_on_repaired_features(table):
-    row = table['BatchNorm', 'reset', 't3a+norm', 'free']
-    assert row['difference'] < 0 and row['difference_t95'][1] < 0
+def test_prototypes_repair_a_part_and_need_a_reset(table):
+    "On top of repaired features they change nothing, as the notebook explains."
+    alone = {protocol: table['BatchNorm', protocol, 't3a', 'free']['error'] for protocol in ('reset', 'continual')}
+    source = table['BatchNorm', 'reset', 'none', 'free']['error']
+    assert alone['reset'] < source - 10 < source < alone['continual']
+    assert abs(table['BatchNorm', 'reset', 't3a+norm', 'free']['difference']) < .5
 
 
 def test_the_gate_keeps_sorted_labels_from_harm(table):
