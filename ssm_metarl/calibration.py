@@ -7,6 +7,7 @@ __all__ = ['HYPOTHESES', 'kalman_update', 'Hypothesis', 'SensorNoise', 'Evidence
            'alarm_scores', 'Calibration', 'Gate', 'play_calibrated', 'calibrate', 'compare_modes', 'shift_scores']
 
 # %% ../nbs/06c_calibration.ipynb #06c0003
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -120,7 +121,8 @@ class Evidence:
 
 # %% ../nbs/06c_calibration.ipynb #06c0020
 class CalibrationBank:
-    "A Kalman filter for each of N streams and H hypotheses, over what the stream does not tell."
+    """A Kalman filter for each of N streams and H hypotheses, over what the stream does not tell.
+    Raises ValueError for a bad q, and for hypotheses of other names."""
     # the state x: true observation o [O], offset c [O] of the sensors, gain g of the motor,
     # context z [Z] of the physics; all tensors are float64 [H, N, ...]
     floor, radius_weight, kappa, drift = 1e-3, .15, 100., 1e-3
@@ -134,7 +136,8 @@ class CalibrationBank:
                  hypotheses: dict = HYPOTHESES): # the same names -> `Hypothesis`
         if list(hypotheses) != list(HYPOTHESES):
             raise ValueError(f'hypotheses are {list(hypotheses)!r:.80}; give {list(HYPOTHESES)}')
-        self.model, self.N, self.names = model.double(), N, list(hypotheses)
+        self.model, self.N = copy.deepcopy(model).double(), N
+        self.names, self.hypotheses = list(hypotheses), hypotheses
         self.prior, self.unit = Prior(*(x.double() for x in prior)), model.unit.double()
         q = self.prior.error if q is None else torch.as_tensor(q, dtype=torch.float64)
         O, Z = self.O, self.Z = len(self.unit), model.z_dim
@@ -144,24 +147,26 @@ class CalibrationBank:
         self.z, self.H = slice(2 * O + 1, 2 * O + 1 + Z), len(hypotheses)
         eye = torch.eye(O, 2 * O + 1 + Z, dtype=torch.float64)
         self.A = eye + eye.roll(O, 1)  # the sensors show o + c
-        self._believe(list(hypotheses.values()), q)
+        self._believe(q)
         self.evidence = Evidence(self.H, N, O)
 
-    def _believe(self, rows, q):  # the belief before anything was seen
-        column = lambda name: torch.tensor([float(getattr(h, name)) for h in rows]).double()
+    def _column(self, name):  # a number for each hypothesis, [H]
+        return torch.tensor([float(getattr(h, name)) for h in self.hypotheses.values()]).double()
+
+    def _believe(self, q):  # the belief before anything was seen
         H, N, O, D = self.H, self.N, self.O, self.A.shape[1]
         offset = (self.offset_sd * self.model.scale.double())**2
         sure = torch.cat([torch.zeros(O), offset, torch.tensor([self.gain_sd**2])])
         self.x = torch.zeros(H, N, D).double()
-        self.x[..., self.g], self.x[..., self.z] = column('gain')[:, None], self.prior.z_mean
+        self.x[..., self.g], self.x[..., self.z] = self._column('gain')[:, None], self.prior.z_mean
         P = torch.zeros(H, D, D).double()
-        P[:, :2 * O + 1, :2 * O + 1] = torch.diag_embed(column('free')[:, None] * sure)
+        P[:, :2 * O + 1, :2 * O + 1] = torch.diag_embed(self._column('free')[:, None] * sure)
         P[:, self.z, self.z] = self.prior.z_cov
         self.P = P[:, None].repeat(1, N, 1, 1)
         self.wander = self.drift**2 * P.diagonal(dim1=-2, dim2=-1)[:, None]
         self.wander[..., self.o] = self.kappa * q
-        guess = (column('noise')[:, None] * offset)[:, None]
-        free = column('noisy').bool().view(H, 1, 1)
+        guess = (self._column('noise')[:, None] * offset)[:, None]
+        free = self._column('noisy').bool().view(H, 1, 1)
         self.noise = SensorNoise(.1 * self.kappa * q, guess, free, N)
 
     def predict(self,
@@ -248,7 +253,8 @@ class Calibration:
 
 # %% ../nbs/06c_calibration.ipynb #06c0030
 class Gate:
-    "Which hypothesis a stream follows."
+    """Which hypothesis a stream follows. Raises ValueError for an unknown mode, and unless there is
+    one for each stream."""
     hysteresis = .5 # of log errors
     modes = 'none', 'unguarded', 'gated'
 
@@ -265,7 +271,7 @@ class Gate:
         self.never, self.always = (torch.tensor([m == k for m in modes]) for k in self.modes[:2])
         self.rung, self.heard = torch.zeros(2, bank.N, dtype=torch.bool)
         self.chosen, self.applied = torch.zeros(2, bank.N, dtype=torch.long)
-        self.cost = torch.tensor([HYPOTHESES[h].cost for h in bank.names]).double()[:, None]
+        self.cost = torch.tensor([h.cost for h in bank.hypotheses.values()])[:, None]
 
     def update(self):
         "Listen to the alarms, choose a hypothesis, and decide whether to apply it."
@@ -373,7 +379,8 @@ def compare_modes(
     T: int = 1500, # steps of a stream
     seed: int = 0, # of the streams
 ) -> list: # of dicts: shift, mode, lengths of episodes and shares of streams
-    "The same streams without adaptation, unguarded and gated."
+    """The same streams without adaptation, unguarded and gated. Raises ValueError for an unknown
+    shift, and without tasks."""
     names, n, modes = list(names or SHIFTS), len(tasks), Gate.modes
     if unknown := [name for name in names if name not in SHIFTS]:
         raise ValueError(f'shift={unknown[0]!r:.80} is not one of ' + ', '.join(map(repr, SHIFTS)))

@@ -85,7 +85,8 @@ SHIFTS = {
 
 # %% ../nbs/06b_policy_shift.ipynb #06b0014
 class Streams:
-    "N endless streams of episodes, each in a world of its own."
+    """N endless streams of episodes, each in a world of its own. Raises ValueError unless there are
+    a task, a shift and a key for each."""
 
     def __init__(self,
                  tasks: list, # N records of cart-poles, before the shift
