@@ -339,7 +339,7 @@ def calibrate(
     policy, # as in `Player`
     model: ForwardModel,
     prior: Prior, # as from `train_forward`
-    tasks: list, # validation tasks, no shift; 79 or more for the last 4 / 5 of them
+    tasks: list, # validation tasks, no shift: a fifth for units, the others for thresholds
     T: int = 1500, # steps of a stream
     rate: float = .05, # largest share of streams at home in which an alarm rings within T steps
     seed: int = 0, # of the streams
@@ -355,10 +355,11 @@ def calibrate(
         for name, x in alarm_scores(bank).items(): peaks[name] = x.maximum(peaks.get(name, x))
         scores = explain(bank)
         if t >= T // 15: gaps.append(scores[1:].amin(0) - scores[0])
-    def bank(q=None): return CalibrationBank(model, prior, len(tasks), q)
-    play_calibrated(policy, bank(), Streams(tasks, home, seed), max(2 * T // 5, 1), watch=errors)
+    play_calibrated(policy, CalibrationBank(model, prior, n), Streams(tasks[:n], home[:n], seed),
+                    max(2 * T // 5, 1), watch=errors)
     q = torch.stack(squares).mean(0)
-    play_calibrated(policy, bank(q), Streams(tasks, home, seed + 1), T, watch=alarms)
+    play_calibrated(policy, CalibrationBank(model, prior, len(tasks), q),
+                    Streams(tasks, home, seed + 1), T, watch=alarms)
     margin = torch.stack(gaps).amax(0).quantile(.99).item()
     thresholds = {k: _threshold(x, n, rate / len(peaks)) for k, x in peaks.items()}
     return Calibration(q, thresholds, max(margin, Gate.hysteresis))
@@ -411,7 +412,7 @@ def shift_scores(
     policy = train_source(seed)
     data = collect_source(policy, sample_tasks(env, 256, step=1000), 400, seed)
     model, prior = train_forward(data, seed)
-    calibration = calibrate(policy, model, prior, sample_tasks(env, 160, 'validation'), seed=seed)
+    calibration = calibrate(policy, model, prior, sample_tasks(env, 400, 'validation'), seed=seed)
     bank_of = lambda N: CalibrationBank(model, prior, N, calibration.q)
     tasks = sample_tasks(env, n, 'held_out')
     return compare_modes(policy, bank_of, calibration, tasks, seed=seed)
