@@ -406,13 +406,18 @@ def compare_modes(
 def shift_scores(
     seed: int, # of everything
     n: int = 16, # held-out tasks for each shift
+    validation: int = 400, # tasks for `calibrate`
+    T: int = 1500, # steps of a stream
+    steps: int = 3000, # of training the forward model
+    train: Callable = train_source, # seed -> policy
 ) -> list: # as `compare_modes`
     "Train a policy and its forward model, calibrate, and play under all shifts."
     env = replace(CART_POLE, seed=seed)
-    policy = train_source(seed)
+    policy = train(seed)
     data = collect_source(policy, sample_tasks(env, 256, step=1000), 400, seed)
-    model, prior = train_forward(data, seed)
-    calibration = calibrate(policy, model, prior, sample_tasks(env, 400, 'validation'), seed=seed)
+    model, prior = train_forward(data, seed, steps)
+    tasks = sample_tasks(env, validation, 'validation')
+    calibration = calibrate(policy, model, prior, tasks, T, seed=seed)
     bank_of = lambda N: CalibrationBank(model, prior, N, calibration.q)
     tasks = sample_tasks(env, n, 'held_out')
-    return compare_modes(policy, bank_of, calibration, tasks, seed=seed)
+    return compare_modes(policy, bank_of, calibration, tasks, T=T, seed=seed)

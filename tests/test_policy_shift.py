@@ -9,9 +9,9 @@ import scipy.stats
 import torch
 from torch.func import jacrev, vmap
 
-from ssm_metarl.calibration import HYPOTHESES, Calibration, CalibrationBank, Evidence, Gate, SensorNoise, alarm_scores, calibrate, compare_modes, kalman_update, play_calibrated
+from ssm_metarl.calibration import HYPOTHESES, CalibrationBank, Gate, calibrate, compare_modes, kalman_update, play_calibrated, shift_scores
 from ssm_metarl.envs import sample_tasks
-from ssm_metarl.policy_shift import CART_POLE, SHIFTS, ForwardModel, Player, Prior, Shift, Streams, collect_source, episode_length, play, train_forward
+from ssm_metarl.policy_shift import CART_POLE, SHIFTS, ForwardModel, Prior, Shift, Streams, collect_source, episode_length, play, train_forward
 
 RESULTS = Path(__file__).parents[1] / 'benchmarks' / 'results'
 
@@ -216,6 +216,17 @@ def test_last_observation_and_first_one():
         if over[0]: break
         assert np.array_equal(after, seen)
     assert abs(after[0, 2]) > .2 and abs(seen).max() <= .05
+
+
+def test_measurement_of_a_seed():
+    "All shifts and modes, in plain values, and the same ones a second time."
+    measure = lambda: shift_scores(3, n=1, validation=100, T=30, steps=20, train=lambda seed: Balancer())
+    rows = measure()
+    assert [(row['shift'], row['mode']) for row in rows] == [(shift, mode) for shift in SHIFTS for mode in Gate.modes]
+    for row in rows:
+        assert sum(row['applied'].values()) == pytest.approx(1) and len(row['late']) == len(row['whole']) == 1
+        if row['mode'] == 'none': assert row['applied']['source'] == 1
+    assert json.dumps(rows) == json.dumps(measure())
 
 
 @pytest.mark.parametrize('call, message', [
