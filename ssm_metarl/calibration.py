@@ -39,7 +39,8 @@ def kalman_update(
 # %% ../nbs/06c_calibration.ipynb #06c0014
 class Hypothesis(NamedTuple):
     "One explanation of a stream."
-    free: bool # are the sensors' offset and the motor's gain estimated?
+    offset: bool # are the offsets of the sensors estimated?
+    motor: bool # is the gain of the motor estimated?
     gain: float # of the motor, before anything was seen
     noisy: bool # is the noise of the sensors estimated?
     noise: float # first guess of its variance, in variances of the prior offset
@@ -47,8 +48,10 @@ class Hypothesis(NamedTuple):
 
 
 HYPOTHESES = {
-    'source': Hypothesis(False, 1., False, 0., 0.), 'noisy': Hypothesis(False, 1., True, .04, 0.),
-    'offset': Hypothesis(True, 1., True, 0., .2), 'reversed': Hypothesis(True, -1., True, 0., .4)}
+    'source': Hypothesis(False, False, 1., False, 0., 0.),
+    'noisy': Hypothesis(False, False, 1., True, .04, 0.),
+    'offset': Hypothesis(True, False, 1., True, 0., .2),
+    'reversed': Hypothesis(False, True, -1., True, 0., .4)}
 
 # %% ../nbs/06c_calibration.ipynb #06c0016
 class SensorNoise:
@@ -57,10 +60,11 @@ class SensorNoise:
     def __init__(self,
                  floor: Tensor, # what it is at least, [O]
                  guess: Tensor, # first guess above the floor, [H, 1, O]
-                 free: Tensor, # bool [H, 1, 1]: estimate it at all
+                 free: Tensor, # bool [H]: estimate it at all
                  N: int, # streams
                  decay: float = .99): # of the moving mean, which starts with 5 steps of the guess
-        self.floor, self.free, self.decay, self.weight = floor, free, decay, 5.
+        self.floor, self.free, self.decay = floor, free[:, None, None], decay
+        self.weight = 5.
         self.sum = (guess * self.weight).expand(-1, N, -1).clone()
 
     @property
@@ -156,18 +160,19 @@ class CalibrationBank:
     def _believe(self, q):  # the belief before anything was seen
         H, N, O, D = self.H, self.N, self.O, self.A.shape[1]
         offset = (self.offset_sd * self.model.scale.double())**2
-        sure = torch.cat([torch.zeros(O), offset, torch.tensor([self.gain_sd**2])])
+        free = torch.zeros(H, 2 * O + 1).double()
+        free[:, self.c] = self._column('offset')[:, None] * offset
+        free[:, self.g] = self._column('motor') * self.gain_sd**2
         self.x = torch.zeros(H, N, D).double()
         self.x[..., self.g], self.x[..., self.z] = self._column('gain')[:, None], self.prior.z_mean
         P = torch.zeros(H, D, D).double()
-        P[:, :2 * O + 1, :2 * O + 1] = torch.diag_embed(self._column('free')[:, None] * sure)
+        P[:, :2 * O + 1, :2 * O + 1] = torch.diag_embed(free)
         P[:, self.z, self.z] = self.prior.z_cov
         self.P = P[:, None].repeat(1, N, 1, 1)
         self.wander = self.drift**2 * P.diagonal(dim1=-2, dim2=-1)[:, None]
         self.wander[..., self.o] = self.kappa * q
         guess = (self._column('noise')[:, None] * offset)[:, None]
-        free = self._column('noisy').bool().view(H, 1, 1)
-        self.noise = SensorNoise(.1 * self.kappa * q, guess, free, N)
+        self.noise = SensorNoise(.1 * self.kappa * q, guess, self._column('noisy').bool(), N)
 
     def predict(self,
                 u: np.ndarray): # what was sent to the motors, -1 or 1, [N]

@@ -96,7 +96,7 @@ def test_filter_is_exact_where_the_world_is_linear():
     model, T = Linear(), 10
     prior = Prior(torch.zeros(2), torch.eye(2), torch.zeros(3), torch.tensor([.1, .2, .3]), torch.ones(3))
     q = torch.tensor([1e-4, 2e-4, 3e-4]).double()
-    only = HYPOTHESES | dict(offset=HYPOTHESES['offset']._replace(noisy=False))
+    only = HYPOTHESES | dict(offset=HYPOTHESES['offset']._replace(noisy=False, motor=True))
     bank = CalibrationBank(model, prior, 1, q, only)
     rng = np.random.default_rng(0)
     u, y = rng.choice([-1., 1.], (T, 1)), rng.normal(size=(T + 1, 1, 3))
