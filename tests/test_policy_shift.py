@@ -12,6 +12,7 @@ from torch.func import jacrev, vmap
 from ssm_metarl.calibration import HYPOTHESES, CalibrationBank, Gate, calibrate, compare_modes, kalman_update, play_calibrated, shift_scores
 from ssm_metarl.envs import sample_tasks
 from ssm_metarl.policy_shift import CART_POLE, SHIFTS, ForwardModel, Prior, Shift, Streams, collect_source, episode_length, play, train_forward
+from ssm_metarl.studies import shift_table
 
 RESULTS = Path(__file__).parents[1] / 'benchmarks' / 'results'
 
@@ -243,3 +244,27 @@ def test_measurement_of_a_seed():
 def test_what_is_refused(source, call, message):
     with pytest.raises(ValueError) as error: call(source)
     assert message in str(error.value) and '\n' not in str(error.value)
+
+
+@pytest.fixture(scope='module')
+def table():
+    rows = json.loads((RESULTS / 'cartpole-shift.json').read_text(encoding='utf-8'))['table']
+    return {(row['shift'], row['mode']): row for row in rows}
+
+
+def test_committed_table_is_that_of_its_rows(table):
+    measured = [json.loads(path.read_text(encoding='utf-8')) for path in (RESULTS / 'rows' / 'cartpole-shift').glob('*.json')]
+    assert sorted(m['seed'] for m in measured) == list(range(10, 15))
+    again = json.loads(json.dumps(shift_table(measured)))
+    assert {(row['shift'], row['mode']): row for row in again} == table
+
+
+def test_what_the_table_has_to_show(table):
+    "Never worse than without adaptation by more than 3 %, a gain of half on half of the shifts, reversed motors ten times better, few false alarms."
+    gated = {shift: row for (shift, mode), row in table.items() if mode == 'gated'}
+    assert min(row['ratio'] for row in gated.values()) > .97
+    assert sum(row['ratio'] > 1.5 for row in gated.values()) >= 8 and sum(row['ratio'] > 1.2 for row in gated.values()) >= 8
+    for size in ('mild', 'strong'): assert gated[f'reversed motor, {size}']['ratio_ci95'][0] > 10
+    assert gated['none']['rung'] <= scipy.stats.binom.ppf(.999, 80, .05) / 80
+    for shift, row in gated.items():
+        if 'bias' in shift or 'reversed' in shift: assert row['rung'] > .95, shift
