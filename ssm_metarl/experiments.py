@@ -84,7 +84,8 @@ class Experiment:
 
 # %% ../nbs/08d_experiments.ipynb #08d10026
 EXPERIMENTS = Registry('experiment', 'experiment', 'register_experiment',
-                       entries=dict(digits='studies'), home=__name__)
+                       entries={'digits': 'studies', 'cartpole-shift': 'studies'},
+                       home=__name__)
 
 
 def register_experiment(

@@ -109,7 +109,7 @@ def test_a_row_without_a_player(folder):
 
 
 def test_rows_that_were_published_are_still_read():
-    rows = [path for path in sorted(RESULTS.glob('rows/*/*.json')) if path.parent.name != 'digits']  # a study; see test_digits
+    rows = [path for path in sorted(RESULTS.glob('rows/*/*.json')) if path.parent.name not in ('digits', 'cartpole-shift')]  # studies; see test_digits and test_policy_shift
     assert len(rows) > 20 and all(read_row(path) for path in rows)
 
 
