@@ -57,13 +57,26 @@ def test_eval_and_adapt_play_the_same_episodes(trained, tmp_path):
     before = answer('eval', '--checkpoint', checkpoint, '--episodes', 7)
     after = answer('adapt', '--checkpoint', checkpoint, '--episodes', 7, '--adapt-steps', 2, '--online', '--figure', tmp_path / 'a.png')
     assert before.keys() == {'mean_return', 'std_return', 'episodes'} | REFERENCES
-    assert after.keys() == {'pre_return', 'post_return', 'improvement', 'improvement_ci95', 'interval_over', 'normalised_gain', 'hurt_rate', 'returns_by_step', 'episodes'} | REFERENCES
+    assert after.keys() == {'pre_return', 'post_return', 'improvement', 'improvement_ci95', 'interval_over', 'normalised_gain', 'hurt_rate', 'returns_by_step', 'episodes',
+                            'kept', 'drift', 'kl', 'env_steps', 'gated', 'online_gain', 'online_gain_ci95'} | REFERENCES
     assert after['pre_return'] == before['mean_return'] == after['returns_by_step'][0] and len(after['returns_by_step']) == 3
     assert {k: before[k] for k in REFERENCES} == {k: after[k] for k in REFERENCES} and after['episodes'] == before['episodes'] == 7
     assert (tmp_path / 'a.png').stat().st_size > 10_000
     assert after['interval_over'] == 'tasks of one training seed only'
     other = answer('eval', '--checkpoint', checkpoint, '--episodes', 7, '--seed', 5)
     assert other['mean_return'] != before['mean_return'] and answer('eval', '--checkpoint', checkpoint, '--episodes', 7) == before
+
+
+def test_flags_of_adaptation(trained):
+    def adapt(*words): return answer('adapt', '--checkpoint', trained[0] / 'latest.npz', '--episodes', 7, '--adapt-steps', 3, '--lr', .5, *words)
+    usual, bold, bound = adapt(), adapt('--no-rollback'), adapt('--no-rollback', '--max-kl', .01)
+    assert min(usual['kept']) < 1 and set(bold['kept']) == {1} and adapt('--rollback') == usual
+    assert 0 < bound['kl'][-1] < bold['kl'][-1] and bound['drift'][-1] < bold['drift'][-1]
+    few, small, shut = adapt('--trajectories', 2), adapt('--no-rollback', '--trust-radius', 1e-4), adapt('--gate')
+    assert few['env_steps'] == usual['env_steps'] * 2 / 3 and 0 < small['drift'][-1] < bold['drift'][-1] / 10
+    assert shut['gated'] > .5 and (shut['gated'] < 1 or shut['improvement'] == 0)
+    wrong = run('adapt', '--checkpoint', trained[0] / 'latest.npz', '--rollback', '--no-rollback')
+    assert wrong.returncode == 2 and 'contradict each other' in wrong.stderr and len(wrong.stderr.splitlines()) == 1
 
 
 def test_out_of_distribution(trained):
@@ -156,7 +169,7 @@ def bad_files(folder, checkpoint):
     ('train --seed', 2, '--seed'),
     ('train --outer-steps many', 2, '--outer-steps'),
     ('eval --checkpoint {f}', 1, 'cannot be read'),
-    ('experiment nav3d --out {f}', 2, "experiment='nav3d' is not one of 'digits', 'nav2d'"),
+    ('experiment nav3d --out {f}', 2, "experiment='nav3d' is not one of 'digits', 'cartpole-shift', 'nav2d'"),
     ('experiment nav2d --out {f}/x --variants LSTM', 2, "variant='LSTM' is not one of 'SSM', 'no memory', 'GRU'"),
     ('experiment nav2d --out {f} --seeds 0', 2, 'seeds=0 is not a positive number'),
     ('experiment nav2d --out {f}/file/x', 1, 'is not a folder that can be written to'),

@@ -151,7 +151,7 @@ def test_nothing_is_done_twice_and_what_is_damaged_is_done_again(tmp_path):
 
 
 def test_experiments_and_variants_that_are_none(tmp_path):
-    with pytest.raises(ValueError, match="experiment='nav3d' is not one of 'digits', 'nav2d'"): run_experiment('nav3d', tmp_path / 'x')
+    with pytest.raises(ValueError, match="experiment='nav3d' is not one of 'digits', 'cartpole-shift', 'nav2d'"): run_experiment('nav3d', tmp_path / 'x')
     with pytest.raises(ValueError, match="variant='LSTM' is not one of 'SSM', 'no memory', 'GRU'"): run_experiment('nav2d', tmp_path / 'x', variants=['LSTM'])
     assert not (tmp_path / 'x').exists()
 
@@ -204,7 +204,7 @@ def test_what_would_not_come_back_from_a_file_is_refused_at_construction(make, m
 @pytest.mark.parametrize('wrong, message', [
     (dict(lr='x'), 'lr'), (dict(steps=1.5), 'steps'), (dict(steps=True), 'steps'), (dict(optimizer=print), 'optimizer'), (dict(max_grad_norm=None), 'max_grad_norm'),
     (dict(online=1), 'online'), (dict(rollback='no'), 'rollback'), (dict(lr=np.ones(2)), 'lr'),
-    (dict(online_interval=10), 'not used with online=False'), (dict(entropy_weight=.5), "not used with strategy='none'")])
+    (dict(online_interval=5), 'not used with online=False'), (dict(entropy_weight=.5), "not used with strategy='none'")])
 def test_adaptation_settings_that_are_wrong_or_ignored(wrong, message):
     with pytest.raises(ValueError, match=message) as error: AdaptConfig(**wrong)
     assert '\n' not in str(error.value)
