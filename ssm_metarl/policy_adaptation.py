@@ -100,10 +100,13 @@ class AdaptingPolicies:
                 start = self.policy.functional(self.adapter.params, inputs, reset=reset)
         return masked_mean(kl_divergence(start, now), traj.mask)
 
-    def go_on(self) -> Trajectories: # [M, 1, T]
+    def go_on(self,
+              share: Tensor, # of a step, what the search has left of it, [M]
+             ) -> Trajectories: # [M, 1, T]
         "Play the evaluation episodes and adapt meanwhile."
         return online_episode(self.policy, self.adapter, self.tasks, self.env, self.meta,
-                              self.config, self.deterministic, self.inner_lr, self.start)
+                              self.config, self.deterministic, self.inner_lr, self.start,
+                              share)
 
 # %% ../nbs/06b_policy_adaptation.ipynb #06a20050
 @dataclass
@@ -223,7 +226,7 @@ def adapt_policy(
             support = choose_trajectories(fell, support, fresh)
             share, started = next_share(share, fell, started, config.later_scale)
             record.add(fell)
-    if config.online: record.after = record.count(policies.go_on())
+    if config.online: record.after = record.count(policies.go_on(share))
     return record.result()
 
 # %% ../nbs/06b_policy_adaptation.ipynb #06b00019
@@ -313,18 +316,20 @@ def online_episode(
     deterministic: bool = False, # most likely actions
     inner_lr: float | dict = None, # of the learner, as for `adaptation_functions`
     start: int = 0, # global index of the first task
+    share: Tensor = None, # of a step, what a search before has left of it, [M]; None: all
 ) -> Trajectories: # the evaluation episodes, [M, 1, T]
     "Play the evaluation episodes and go on adapting meanwhile; undo updates that hurt."
     episode = Rollout(policy, tasks, replace(env, num_envs=1), 'evaluation', start=start,
                       deterministic=deterministic)
     traj, earlier = episode.run(adapter.params, min(config.online_interval, env.trial_length)), None
-    share = torch.full((len(tasks),), config.online_scale, device=traj.reward.device)
+    most = torch.full((len(tasks),), config.online_scale, device=traj.reward.device)
+    if share is not None: most = most * share
+    share = most
     while left := env.trial_length - traj.reward.shape[-1]:
         if config.rollback and earlier is not None:
             fell = reward_fell(traj, config.online_interval)
             adapter.take_back(earlier, fell)
-            longer = (1.5 * share).clamp(max=config.online_scale)
-            share = torch.where(fell, share / 2, longer)
+            share = torch.where(fell, share / 2, torch.minimum(1.5 * share, most))
         earlier = adapter.snapshot()
         online_step(policy, adapter, traj, meta, config, share, inner_lr)
         episode.recompute_memory(adapter.params, traj)
