@@ -35,11 +35,13 @@ def test_entropy_minimisation_is_not_worse_than_batch_statistics(table):
 
 
 def test_prototypes_repair_a_part_and_need_a_reset(table):
-    "On top of repaired features they change nothing, as the notebook explains."
     alone = {protocol: table['BatchNorm', protocol, 't3a', 'free']['error'] for protocol in ('reset', 'continual')}
     source = table['BatchNorm', 'reset', 'none', 'free']['error']
     assert alone['reset'] < source - 10 < source < alone['continual']
-    assert abs(table['BatchNorm', 'reset', 't3a+norm', 'free']['difference']) < .5
+
+
+@pytest.mark.xfail(strict=True, reason='a target that was missed: on top of repaired features prototypes win nothing, and notebook 05b shows why')
+def test_prototypes_help_on_top_of_batch_statistics(table): assert table['BatchNorm', 'reset', 't3a+norm', 'free']['difference_ci95'][1] < 0
 
 
 def test_the_gate_keeps_sorted_labels_from_harm(table):
