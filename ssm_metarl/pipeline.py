@@ -56,8 +56,11 @@ def evaluate(
 # %% ../nbs/08c_pipeline.ipynb #08010013
 def _adapt_config(config, changes):  # with changes; ValueError for some that would be ignored
     adapt = replace(config, **changes)
-    ignored = ', '.join(sorted(changes.keys() - {'steps', 'online'}))
-    if ignored and not (adapt.steps or adapt.online):
+    ignored = set() if adapt.steps else changes.keys() - {'steps', 'online'}
+    if adapt.online: ignored &= {'trajectories', 'later_scale'}  # which the search alone uses
+    if adapt.gate: ignored -= {'trajectories'}
+    if ignored:
+        ignored = ', '.join(sorted(ignored))
         raise ValueError(f'steps={adapt.steps} takes no step, so {ignored} would not be used; '
                          'leave it out, or take steps')
     return adapt

@@ -221,6 +221,8 @@ def test_ignored_settings_are_refused_before_the_training(tmp_path):
     assert list(tmp_path.iterdir()) == []
     checkpoint = train(replace(TINY, meta=replace(TINY.meta, outer_steps=1)), tmp_path, progress=False)['checkpoint']
     with pytest.raises(ValueError, match='steps=0 takes no step, so lr, strategy would not be used'): pipeline.evaluate_with_adaptation(checkpoint, episodes=2, steps=0, lr=.1, strategy='tent')
+    with pytest.raises(ValueError, match='so trajectories would not be used'): pipeline.evaluate_with_adaptation(checkpoint, episodes=2, steps=0, online=True, trajectories=3)
+    pipeline.evaluate_with_adaptation(checkpoint, episodes=2, steps=0, online=True, lr=.1, rollback=False, tolerance=AdaptConfig.tolerance)
     assert pipeline.evaluate_with_adaptation(checkpoint, episodes=2, steps=0).summary()['improvement'] == 0
 
 
