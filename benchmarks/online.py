@@ -45,7 +45,7 @@ def gains(folder, split, steps, kind, size, tasks):
 def rows(folder, tasks):
     "The choice without a search before, on validation tasks; then what it does on held-out ones."
     wanted = [('validation', 0, kind, size) for kind, sizes in SIZES.items() for size in sizes]
-    for steps in (0, 5): wanted += [('held_out', steps, 'constant', .1), ('held_out', steps, 'constant', .4), ('held_out', steps, 'falling', .2)]
+    for steps in (0, 5): wanted += [('held_out', steps, 'constant', .1), ('held_out', steps, 'constant', .4), ('held_out', steps, 'falling', .3)]
     for split, steps, kind, size in wanted:
         gain = gains(folder, split, steps, kind, size, tasks)
         yield dict(split=split, seeds=list(SPLITS[split]), steps=steps, kind=kind, size=size, gain=float(gain.mean()), ci95=list(nested_interval(gain, np.mean)), worse=float((gain < 0).mean()))

@@ -53,7 +53,7 @@ class AdaptConfig:
     trajectories: int = 0 # support trajectories per step; 0: as many as in training
     online: bool = False # go on adapting while the evaluated episode runs
     online_interval: int = 10 # environment steps between two online updates; with `online` only
-    online_scale: float = 0.2 # largest online update, as a share of a step; with `online` only
+    online_scale: float = 0.3 # largest online update, as a share of a step; with `online` only
     optimizer: str = 'sgd' # the rule that was meta-trained; or any name of `AdaptationConfig`
     strategy: str = 'none' # a registered adaptation strategy
     entropy_weight: float = 0.01 # of the entropy, for strategies that use it, such as 'tent'
