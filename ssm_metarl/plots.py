@@ -506,7 +506,7 @@ class Animation:
         from PIL import Image
         palette = Image.fromarray(np.concatenate([frames[0], frames[-1]])).quantize(128)
         colours = np.reshape(palette.getpalette(), (-1, 3))
-        colours[colours.sum(1).argmax()] = 255  # paper stays white
+        colours[colours.min(1) > 240] = 255  # paper stays white
         palette.putpalette(colours.ravel().tolist())
         self.images = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE)
                        for frame in frames]
