@@ -83,19 +83,23 @@ class SensorNoise:
 class Evidence:
     "Moving averages of the surprises of H x N filters."
     burn, decay, start_decay = 5, .98, .7 # steps that do not count; per step; per episode
+    late = 100 # steps before sizes of changes count
 
     def __init__(self, H: int, N: int, O: int): # hypotheses, streams, sensors
         def zeros(*shape): return torch.zeros(*shape, dtype=torch.float64)
         self.age, self.error, self.starts = 0, zeros(H, N), zeros(N)
         self.mean, self.square, self.start_square, self.start_sum = zeros(4, H, N, O)
+        self.change = zeros(N, O)
 
     def step(self,
              relative: Tensor, # surprises in units of the change, [H, N, O]
-             standard: Tensor): # in standard deviations, [H, N, O]
+             standard: Tensor, # in standard deviations, [H, N, O]
+             change: Tensor): # of what the sensors show, in the source's units, [N, O]
         "What followed an action."
         self.age, rate = self.age + 1, 1 - self.decay
         self.mean += rate * (standard - self.mean)
         self.square += rate * (standard**2 - self.square)
+        self.change += rate * (change**2 - self.change)
         if self.age > self.burn: self.error += rate * ((relative**2).sum(-1) - self.error)
 
     def start(self,
@@ -122,6 +126,13 @@ class Evidence:
     def start_error(self) -> Tensor: # [H, N, O]
         "Mean squared surprise of first observations."
         return self.start_square / (1 - self.start_decay**self.starts).clamp(min=1e-9)[:, None]
+
+    @property
+    def change_sizes(self) -> Tensor: # [N, O (O + 1) / 2]; 0 is as in training
+        "Log mean squared changes: of each sensor, and of each relative to each other."
+        size = (self.change / (1 - self.decay**max(self.age, 1))).clamp(min=1e-9).log()
+        i, j = torch.triu_indices(size.shape[1], size.shape[1], 1)
+        return torch.cat([size, size[:, i] - size[:, j]], 1)
 
 # %% ../nbs/06d_calibration.ipynb #06c0020
 class CalibrationBank:
@@ -153,6 +164,7 @@ class CalibrationBank:
         self.A = eye + eye.roll(O, 1)  # the sensors show o + c
         self._believe(q)
         self.evidence = Evidence(self.H, N, O)
+        self.shown = torch.zeros(N, O).double()
 
     def _column(self, name):  # a number for each hypothesis, [H]
         return torch.tensor([float(getattr(h, name)) for h in self.hypotheses.values()]).double()
@@ -173,6 +185,12 @@ class CalibrationBank:
         self.wander[..., self.o] = self.kappa * q
         guess = (self._column('noise')[:, None] * offset)[:, None]
         self.noise = SensorNoise(.1 * self.kappa * q, guess, self._column('noisy').bool(), N)
+
+    @property
+    def distance(self) -> Tensor: # [H, N]
+        "Squared Mahalanobis distance of the contexts from those of the source."
+        z = self.x[..., self.z] - self.prior.z_mean
+        return (z * torch.linalg.solve(self.prior.z_cov, z.unsqueeze(-1)).squeeze(-1)).sum(-1)
 
     def predict(self,
                 u: np.ndarray): # what was sent to the motors, -1 or 1, [N]
@@ -201,7 +219,8 @@ class CalibrationBank:
                 y: np.ndarray): # what the sensors show after the action, [N, O]
         "Learn from one step of all streams."
         self.nu, spread, sd = self._surprise(y, slice(None))
-        self.evidence.step(self.nu / self.unit, self.nu / sd)
+        before, self.shown = self.shown, torch.as_tensor(y, dtype=torch.float64).clone()
+        self.evidence.step(self.nu / self.unit, self.nu / sd, (self.shown - before) / self.unit)
         self.noise.observe(self.nu, spread)
         self.x, self.P = kalman_update(self.x, self.P, self.nu, self.A, self.noise.R)
 
@@ -215,6 +234,7 @@ class CalibrationBank:
         P[..., self.o, self.o] = torch.diag(self.prior.start_var)
         self.x[:, rows], self.P[:, rows] = x, P
         nu, _, sd = self._surprise(y, rows)
+        self.shown[rows] = torch.as_tensor(y, dtype=torch.float64)
         self.evidence.start(nu, nu / sd, rows)
         self.x[:, rows], self.P[:, rows] = kalman_update(x, P, nu, self.A, self.noise.R[:, rows])
 
@@ -223,9 +243,7 @@ def explain_errors(
     bank: CalibrationBank, # whose beliefs
 ) -> Tensor: # [H, N]; smaller is better
     "Log error of a hypothesis's predictions, and a price for physics unlike those of the source."
-    z = bank.x[..., bank.z] - bank.prior.z_mean
-    distance = (z * torch.linalg.solve(bank.prior.z_cov, z.unsqueeze(-1)).squeeze(-1)).sum(-1)
-    return (bank.evidence.step_error + bank.floor).log() + bank.radius_weight * distance
+    return (bank.evidence.step_error + bank.floor).log() + bank.radius_weight * bank.distance
 
 # %% ../nbs/06d_calibration.ipynb #06c0024
 def explain(
@@ -240,13 +258,15 @@ def explain(
 def alarm_scores(
     bank: CalibrationBank, # whose surprises
 ) -> dict: # name -> [N, k], large where the source's model does not fit
-    "How surprised is the source, in four ways?"
+    "How strange is the stream to the source, in six ways?"
     seen, errors = bank.evidence, explain_errors(bank)
     better = errors[0] - errors[[bank.names.index(h) for h in ('offset', 'reversed')]].amin(0)
     better = better.clamp(min=0) if seen.settled else torch.zeros_like(better)
     starts = seen.start_sum[0].abs() / seen.starts.clamp(min=1).sqrt()[:, None]
+    late = seen.age > seen.late
     return dict(mean=seen.mean[0].abs(), square=seen.square[0], starts=starts,
-                better=better[:, None])
+                better=better[:, None], changes=late * seen.change_sizes.abs(),
+                context=late * bank.distance[0, :, None])
 
 # %% ../nbs/06d_calibration.ipynb #06c0028
 @dataclass(frozen=True)
@@ -351,7 +371,7 @@ def calibrate(
 ) -> Calibration:
     "Find out on streams at home what is normal. Raises ValueError for too few tasks."
     home, n = [SHIFTS['none']] * len(tasks), len(tasks) // 5
-    if len(tasks) - n < (needed := int(np.ceil(4 / rate)) - 1):  # as for one of four alarms
+    if len(tasks) - n < (needed := int(np.ceil(6 / rate)) - 1):  # as for one of six alarms
         raise ValueError(f'{len(tasks)} tasks; rate={rate} needs at least {needed * 5 // 4 + 1}')
     squares, peaks, gaps = [], {}, []
     def errors(t, bank):
