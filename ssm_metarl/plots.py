@@ -513,9 +513,11 @@ class Animation:
         self.milliseconds = [1000 / fps] * (len(frames) - 1) + [1000 * rest]
 
     def _write(self, target, kind):
+        options = dict(save_all=True, loop=0, duration=self.milliseconds)
         first, *others = self.images
-        first.save(target, kind, save_all=True, append_images=others, loop=0,
-                   duration=self.milliseconds)
+        if kind == 'GIF': first.save(target, kind, append_images=others, **options)
+        else: self.images[-1].save(target, kind, append_images=self.images, default_image=True,
+                                   **options)  # the last one is shown where nothing can move
 
     def _repr_png_(self):
         buffer = io.BytesIO()
