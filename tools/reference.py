@@ -1,0 +1,138 @@
+"""How the site shows a definition of the library: a heading, a link to the source, what it is for, its inherited settings and its public methods.
+
+nbdev asks for `Entry` by the line `renderer` of settings.ini; tools/ has to be on the path
+(`PYTHONPATH=tools nbdev_docs`; tools/preview.py sees to it by itself). A page runs its notebook's
+cells, so what nbdev hands over belongs to `__main__`: the entry is made from the same definition in
+the installed module. Below the entry the page shows the source, with the arguments and comments.
+"""
+import ast
+import inspect
+import re
+from dataclasses import is_dataclass
+from html import escape
+from importlib import import_module
+from textwrap import dedent
+
+from nbdev.config import get_config
+from nbdev.doclinks import NbdevLookup
+
+from ssm_metarl._modidx import d as index
+
+LIB = 'ssm_metarl'
+
+
+def public_names(module):
+    "Functions and classes that a module of the library defines, without the private ones."
+    return [name for name in (full.removeprefix(f'{module}.') for full in index['syms'][module]) if not name.startswith('_') and '.' not in name]
+
+
+def installed(symbol):
+    "The definition in the installed module that a notebook's definition became; where two modules have the name, the docstring tells them apart."
+    found = [getattr(import_module(module), symbol.__name__) for module in index['syms'] if symbol.__name__ in public_names(module)]
+    if symbol in found: return symbol
+    return next((other for other in found if other.__doc__ == symbol.__doc__), found[0] if found else symbol)
+
+
+def in_library(cls): return cls.__module__.startswith(f'{LIB}.')
+
+
+def library_bases(cls):
+    "Classes of the library that a class builds on, the nearest first."
+    return [base for base in cls.__mro__[1:] if in_library(base)]
+
+
+def function_of(member):
+    "The function inside a method, class method or property; None for anything else."
+    inner = getattr(member, '__func__', None) or getattr(member, 'fget', None) or member
+    return inner if inspect.isfunction(inner) else None
+
+
+def public_methods(cls):
+    "Public methods that a class defines itself: name -> function."
+    return {name: function_of(member) for name, member in vars(cls).items() if not name.startswith('_') and function_of(member)}
+
+
+def description(cls, name):
+    "Docstring of a method, or of the method of the library that it overrides; empty if there is none."
+    docs = (inspect.cleandoc(vars(base)[name].__doc__ or '') for base in [cls, *library_bases(cls)] if name in vars(base))
+    return next(filter(None, docs), '')
+
+
+def address(definition):
+    "Where the lines of a definition are on GitHub."
+    cfg = get_config()
+    return f'{cfg.git_url}/blob/{cfg.branch}/{definition.__module__.replace(".", "/")}.py#L{inspect.getsourcelines(definition)[1]}'
+
+
+def page(cls, name):
+    "Where the site describes a method."
+    return f'{NbdevLookup().doc(f"{cls.__module__}.{cls.__name__}")}.{name.lower()}'
+
+
+def as_markdown(text):
+    "A docstring, so that only its `names`, paragraphs and addresses mean something to Markdown."
+    parts = re.split(r'(`[^`]*`|https?://[^\s)>]*[^\s)>.,;])', text)
+    plain = (re.sub(r'([\\*^~$<|])', r'\\\1', part) if i % 2 == 0 else part if part.startswith('`') else f'<{part}>' for i, part in enumerate(parts))
+    return ''.join(plain)
+
+
+def tree(definition): return ast.parse(dedent(inspect.getsource(definition))).body[0]
+
+
+def call(name, cls, function):
+    "How a method is called: its name and its arguments without their types."
+    if isinstance(vars(cls)[name], property): return name
+    args = tree(function).args
+    for arg in [*args.posonlyargs, *args.args, *args.kwonlyargs, *filter(None, [args.vararg, args.kwarg])]: arg.annotation = None
+    if not isinstance(vars(cls)[name], staticmethod): args.args = args.args[1:]
+    return f'{name}({ast.unparse(args)})'
+
+
+def own_lines(cls):
+    "Lines that say how an object is made: the fields of a dataclass, else the arguments of `__init__`, each with its comment."
+    nodes = [node for node in tree(cls).body if isinstance(node, ast.AnnAssign)] if is_dataclass(cls) else tree(cls.__init__).args.args[1:]
+    lines = dedent(inspect.getsource(cls if is_dataclass(cls) else cls.__init__)).splitlines()
+    found = (lines[i].strip().replace('`', '') for i in sorted({node.lineno - 1 for node in nodes}))
+    return [re.sub(r'\)( -> [^:#]*)?:(?=\s*(#|$))', '', line) for line in found]
+
+
+def inherited_lines(cls):
+    "The same of the library's classes that it builds on; nothing if the class says all of it itself."
+    bases = library_bases(cls)
+    if is_dataclass(cls): bases = [base for base in bases if is_dataclass(base)][::-1]
+    else: bases = [] if '__init__' in vars(cls) else [base for base in bases if '__init__' in vars(base)][:1]
+    return [line for base in bases for line in [f'# from {base.__name__}', *own_lines(base)]]
+
+
+class Entry:
+    "What a page says of one function or class, as Markdown."
+    def __init__(self, symbol, name=None, title_level=3):
+        self.symbol, self.level = installed(symbol), title_level
+        self.name = name or self.symbol.__qualname__
+
+    def method(self, cls, name, function):
+        "One item of the list of methods: a link to the source that is an anchor too, and the description."
+        about = ' '.join(as_markdown(description(self.symbol, name)).split())
+        shown = escape(call(name, cls, function), quote=False)
+        return f'- <a class="method" id="{self.name}.{name}" href="{address(function)}"><code>{shown}</code></a> {about}'.rstrip()
+
+    def methods(self):
+        "The list of methods, those of private bases among them, and links to those that come from public ones."
+        bases = library_bases(self.symbol)
+        own = [self.symbol, *(base for base in bases if base.__name__.startswith('_'))]
+        if items := [self.method(cls, name, function) for cls in own for name, function in public_methods(cls).items()]: yield '\n'.join(items)
+        seen = {name for cls in own for name in vars(cls)}
+        for base in (base for base in bases if base not in own):
+            names = [name for name in public_methods(base) if name not in seen]
+            if names: yield f'From `{base.__name__}`: ' + ', '.join(f'<a href="{page(base, name)}"><code>{name}</code></a>' for name in names) + '.'
+            seen |= set(names)
+
+    def parts(self):
+        "A rule, a heading, a link to the source, the docstring; of a class also how it is made, where a base says so, and its methods."
+        yield from ('---', f'{"#" * self.level} {self.name}', f'<a class="source" href="{address(self.symbol)}">source</a>')
+        yield as_markdown(inspect.cleandoc(self.symbol.__doc__ or ''))
+        if not inspect.isclass(self.symbol): return
+        if lines := inherited_lines(self.symbol): yield '\n'.join(['```python', *lines, '```'])
+        yield from self.methods()
+
+    def _repr_markdown_(self): return '\n\n'.join(filter(None, self.parts()))
