@@ -38,7 +38,8 @@ SHELL = '''<!doctype html>
 <title>{title}</title><link rel="icon" href="images/favicon.svg"><link rel="stylesheet" href="preview.css"><link rel="stylesheet" href="styles.css"></head>
 <body class="quarto-light"><script>if (location.search === '?dark') document.body.className = 'quarto-dark'</script>
 <header class="navbar"><a href="index.html">{site}</a><a href="?dark">dark</a><a href="?">light</a></header>
-<div id="quarto-content"><nav id="quarto-sidebar"><details open><summary>Contents</summary>{menu}</details></nav>
+<div id="quarto-content"><nav id="quarto-sidebar"><details><summary>Contents</summary>{menu}</details></nav>
+<script>document.querySelector('#quarto-sidebar details').open = innerWidth >= 992</script>
 <main class="content"><header id="title-block-header"><h1 class="title">{title}</h1><p class="description">{description}</p></header>
 {body}
 </main></div></body></html>'''

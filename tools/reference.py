@@ -71,7 +71,7 @@ def page(cls, name):
 
 def as_markdown(text):
     "A docstring, so that only its `names`, paragraphs and addresses mean something to Markdown."
-    parts = re.split(r'(`[^`]*`|https?://[^\s)>]*[^\s)>.,;])', text)
+    parts = re.split(r'(`[^`]*`|https?://[^\s)>]*[^\s)>.,;])', re.sub(r'(?<=\w)-\n(?=\w)', '-', text))
     plain = (re.sub(r'([\\*^~$<|])', r'\\\1', part) if i % 2 == 0 else part if part.startswith('`') else f'<{part}>' for i, part in enumerate(parts))
     return ''.join(plain)
 
@@ -92,8 +92,8 @@ def own_lines(cls):
     "Lines that say how an object is made: the fields of a dataclass, else the arguments of `__init__`, each with its comment."
     nodes = [node for node in tree(cls).body if isinstance(node, ast.AnnAssign)] if is_dataclass(cls) else tree(cls.__init__).args.args[1:]
     lines = dedent(inspect.getsource(cls if is_dataclass(cls) else cls.__init__)).splitlines()
-    found = (lines[i].strip().replace('`', '') for i in sorted({node.lineno - 1 for node in nodes}))
-    return [re.sub(r'\)( -> [^:#]*)?:(?=\s*(#|$))', '', line) for line in found]
+    found = (lines[i] for i in sorted({i for node in nodes for i in range(node.lineno - 1, node.end_lineno)}))
+    return [re.sub(r'\)( -> [^:#]*)?:(?=\s*(#|$))', '', line.replace('`', '')) for line in dedent('\n'.join(found)).splitlines()]
 
 
 def inherited_lines(cls):
