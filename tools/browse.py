@@ -28,7 +28,7 @@ for (const e of document.querySelectorAll('main *')) {
   if (['hidden', 'clip'].includes(flow(e)) && e.scrollWidth > e.clientWidth + 1 && e.clientWidth) say('cut off:', e);
   if (box.right > width + 1 && !scrolls(e.parentElement) && !(scrolls(e) && box.left >= 0 && box.width <= width)) say('sticks out:', e);
 }
-document.querySelectorAll('main img').forEach(e => { if (e.complete && !e.naturalWidth) seen.push('no picture at ' + e.getAttribute('src').slice(0, 80)); });
+document.querySelectorAll('main img').forEach(e => { if (e.complete && !e.naturalWidth && !e.src.startsWith('http')) seen.push('no picture at ' + e.getAttribute('src').slice(0, 80)); });
 return seen;
 '''
 
@@ -82,9 +82,12 @@ def shots(driver, page, anchor, folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folder', nargs='?', type=Path, default=Path('_preview'))
+    parser.add_argument('--must', action='store_true', help='exit with status 1 where there is no browser')
     parser.add_argument('--shots', nargs='+', metavar=('FOLDER', 'PAGE'), help='a folder for pictures, and names of pages without .html, each with or without an #anchor')
     args = parser.parse_args()
-    if missing := browser_missing(): return print(f'browse.py: skipped, {missing} is not installed here')
+    if missing := browser_missing():
+        print(f'browse.py: no page was looked at, {missing} is not installed here')
+        return args.must
     pages = sorted(args.folder.glob('*.html'))
     if not pages: sys.exit(f'browse.py: no page in {args.folder}; run python tools/preview.py first')
     with browser() as driver:

@@ -1,4 +1,5 @@
-"""Fold in JupyterLab what the site folds: cells of imports alone, and cells with `#| code-fold: true` (tests and solutions).
+"""Fold in JupyterLab what the site folds or does not show: cells of imports alone, and cells with `#| code-fold: true`
+(tests and solutions), `#| echo: false` or `#| hide`.
 
     python tools/fold.py                 # set the metadata of every notebook's cells
     python tools/fold.py 03b 04_maml     # of those whose names begin so
@@ -22,7 +23,8 @@ def only_imports(source):
 
 
 def is_folded(cell):
-    return cell.cell_type == 'code' and (only_imports(cell.source) or re.search(r'^#\|\s*code-fold:\s*true\b', cell.source, re.M) is not None)
+    marked = re.search(r'^#\|\s*(code-fold:\s*true|echo:\s*false|hide)\b', cell.source, re.M) is not None
+    return cell.cell_type == 'code' and (marked or only_imports(cell.source))
 
 
 def fold(notebook):

@@ -2,6 +2,7 @@
 
     python tools/preview.py            # then open _preview/index.html
     python tools/preview.py --again    # render the notebooks that were processed last time once more
+    python tools/preview.py --of _docs # only check, and the pages that Quarto built
 
 The published site is made by Quarto (.github/workflows/site.yaml). These pages have the same content, the
 same structure around it and the same nbs/styles.css; instead of Quarto's theme they have tools/preview.css,
@@ -9,6 +10,7 @@ and formulas stay as they were written. Checked here: every link and anchor lead
 in the sidebar, no link stands raw inside code, every public function, class and method of the library is
 described with a link to its source. tools/browse.py opens the pages in a browser and measures them.
 """
+import argparse
 import re
 import shutil
 import sys
@@ -31,7 +33,7 @@ from pygments.lexers import get_lexer_by_name
 import reference
 from sidebar import contents, links, unlisted
 
-ROOT, OUT = Path(__file__).resolve().parent.parent, Path('_preview')
+OUT = Path('_preview')
 NOT_YET = set(Path(__file__).with_name('not_yet.txt').read_text().split())  # notebooks that are still to be rebuilt: what they lack is only reported
 SHELL = '''<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -147,24 +149,22 @@ def render(notebook, names):
 
 
 def build(again=False):
-    "HTML of every notebook, into _preview; returns page name -> text."
+    "HTML of every notebook, into _preview."
     if not again: proc_nbs(force=True, n_workers=0)
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir()
     notebooks = {path.name: nbformat.read(path, 4) for path in sorted(Path('_proc').glob('*.ipynb'))}
     about = {name: front_matter(notebook) for name, notebook in notebooks.items()}
     names = {name: about[name].get('output-file', f'{Path(name).stem}.html') for name in notebooks}
-    pages = {}
     for name, notebook in notebooks.items():
         title, description = (escape(about[name].get(key, '')) for key in ('title', 'description'))
-        pages[names[name]] = SHELL.format(title=title, description=description, site=get_config().title, menu=menu(contents(), names), body=render(notebook, names))
-    for name, text in pages.items(): (OUT / name).write_text(text, encoding='utf-8')
+        page = SHELL.format(title=title, description=description, site=get_config().title, menu=menu(contents(), names), body=render(notebook, names))
+        (OUT / names[name]).write_text(page, encoding='utf-8')
     for folder in Path('nbs').glob('images'): shutil.copytree(folder, OUT / folder.name)
     for sheet in (Path('nbs/styles.css'), Path('tools/preview.css')): shutil.copy(sheet, OUT)
-    return pages
 
 
-def broken_links(parsed):
+def broken_links(parsed, folder=OUT):
     "Links to pages, files or anchors that do not exist."
     cfg = get_config()
     home, git = f'{cfg.doc_host}{cfg.doc_baseurl}/', f'{cfg.git_url}/blob/{cfg.branch}/'
@@ -174,12 +174,12 @@ def broken_links(parsed):
             if target.startswith(git):
                 if not Path(target.removeprefix(git).split('#')[0]).exists(): yield f'{name}: {link} names a file that is not there'
                 continue
-            if re.match(r'(https?:|mailto:|data:|javascript:|\?)', target): continue
+            if re.match(r'(https?:|mailto:|data:|javascript:|\?|/)', target): continue
             file, _, anchor = unquote(target).partition('#')
-            file = file or name
+            file = file.removeprefix('./') or name
             if file in parsed:
                 if anchor and anchor.lower() not in parsed[file].anchors: yield f'{name}: {link} names an anchor that is not there'
-            elif not (OUT / file).exists(): yield f'{name}: {link} names a page that is not there'
+            elif not (folder / file).exists(): yield f'{name}: {link} names a page that is not there'
 
 
 def links_in_code(parsed):
@@ -201,18 +201,21 @@ def undescribed(parsed):
                 elif not text or text.startswith(f'{name}('): yield f'{page}: {module}.{full} has no docstring'
 
 
-def main(again=False):
-    sys.path.insert(0, str(ROOT / 'tools'))
-    pages = build(again)
-    parsed = {name: Page(text) for name, text in pages.items()}
-    problems = sorted({*broken_links(parsed), *links_in_code(parsed), *undescribed(parsed)})
-    problems += unlisted()
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--again', action='store_true', help='render what was processed last time')
+    parser.add_argument('--of', type=Path, metavar='FOLDER', help='build nothing; check the pages of this folder')
+    args = parser.parse_args()
+    if not args.of: build(args.again)
+    folder = args.of or OUT
+    parsed = {path.name: Page(path.read_text(encoding='utf-8')) for path in sorted(folder.glob('*.html'))}
+    found = sorted({*broken_links(parsed, folder), *links_in_code(parsed), *undescribed(parsed), *unlisted()})
     unfinished = tuple(f'{re.sub(r"^[0-9]+[a-z0-9]*_", "", stem)}.html' for stem in NOT_YET)
-    later = [x for x in problems if x.startswith(unfinished) and 'has no docstring' in x]
-    problems = [x for x in problems if x not in later]
-    print('\n'.join([f'{x} (to be rebuilt)' for x in later] + problems))
-    print(f'{len(pages)} pages, {len(problems)} problems: open {OUT}/index.html')
+    later = [x for x in found if x.startswith(unfinished) and 'has no docstring' in x]
+    problems = [x for x in found if x not in later]
+    print('\n'.join([*(f'{x} (the notebook is to be rebuilt)' for x in later), *problems]))
+    print(f'{len(parsed)} pages, {len(problems)} problems: open {folder}/index.html')
     return bool(problems)
 
 
-if __name__ == '__main__': sys.exit(main('--again' in sys.argv[1:]))
+if __name__ == '__main__': sys.exit(main())
