@@ -17,7 +17,7 @@ import preview  # noqa: E402
 import reference  # noqa: E402
 import sidebar  # noqa: E402
 
-from ssm_metarl import compiling, cores, guards, ssm, strategies  # noqa: E402
+from ssm_metarl import compiling, cores, digits, guards, ssm, strategies  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +60,16 @@ def test_fields_and_arguments_keep_their_comments():
     assert '# from LayerConfig\ninput_dim: int # D, features in\nstate_dim: int = 64 # N, real numbers of state' in text
     assert '# from Core\nconfig: LayerConfig, # input_dim D, state_dim N, output_dim H\nseed: int = 0 # of the initial parameters\n```' in entry(cores.H3)
     assert all('`' not in block for block in text.split('```python')[1].split('```')[:1])
+
+
+def test_a_comment_beside_the_first_line_describes_a_small_function():
+    def half(x, mark='#'): return x / 2  # -> what is left of `x`
+    def loud(x):  # not this
+        "But this."
+    def silent(x): return '# x'
+    assert [reference.about(f) for f in (half, loud, silent)] == ['what is left of `x`', 'But this.', '']
+    assert reference.description(cores.H3, 'state_dtype') == 'of a state, for parameters of this dtype'  # said of Core's
+    assert not reference.description(digits.DigitNet, '__init__') and 'logits' in reference.description(digits.DigitNet, 'forward')  # not what PyTorch says
 
 
 def test_docstrings_are_no_markdown():

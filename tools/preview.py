@@ -196,9 +196,9 @@ def undescribed(parsed):
             methods = reference.public_methods(symbol) if isinstance(symbol, type) else {}
             for member in ['', *methods]:
                 full = f'{name}.{member}' if member else name
-                text = reference.description(symbol, member) if member else symbol.__doc__
+                text = reference.description(symbol, member) if member else reference.about(symbol)
                 if page not in parsed or full.lower() not in parsed[page].anchors: yield f'{page}: {module}.{full} is not on the page'
-                elif not text or text.startswith(f'{name}('): yield f'{page}: {module}.{full} has no docstring'
+                elif not text or text.startswith(f'{name}('): yield f'{page}: {module}.{full} has no description'
 
 
 def main():
@@ -211,7 +211,7 @@ def main():
     parsed = {path.name: Page(path.read_text(encoding='utf-8')) for path in sorted(folder.glob('*.html'))}
     found = sorted({*broken_links(parsed, folder), *links_in_code(parsed), *undescribed(parsed), *unlisted()})
     unfinished = tuple(f'{re.sub(r"^[0-9]+[a-z0-9]*_", "", stem)}.html' for stem in NOT_YET)
-    later = [x for x in found if x.startswith(unfinished) and 'has no docstring' in x]
+    later = [x for x in found if x.startswith(unfinished) and 'has no description' in x]
     problems = [x for x in found if x not in later]
     print('\n'.join([*(f'{x} (the notebook is to be rebuilt)' for x in later), *problems]))
     print(f'{len(parsed)} pages, {len(problems)} problems: open {folder}/index.html')

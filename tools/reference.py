@@ -11,7 +11,9 @@ import re
 from dataclasses import is_dataclass
 from html import escape
 from importlib import import_module
+from io import StringIO
 from textwrap import dedent
+from tokenize import COMMENT, generate_tokens
 
 from nbdev.config import get_config
 from nbdev.doclinks import NbdevLookup
@@ -52,10 +54,17 @@ def public_methods(cls):
     return {name: function_of(member) for name, member in vars(cls).items() if not name.startswith('_') and function_of(member)}
 
 
+def about(definition):
+    "Docstring of a class or function; of a small function without one, the comment beside its first line; else an empty text."
+    if not inspect.isfunction(definition) or definition.__doc__: return inspect.cleandoc(definition.__doc__ or '')
+    source, first = dedent(inspect.getsource(definition)), tree(definition).lineno
+    comments = (token.string for token in generate_tokens(StringIO(source).readline) if token.type == COMMENT and token.start[0] == first)
+    return next(comments, '').lstrip('#-> ')
+
+
 def description(cls, name):
-    "Docstring of a method, or of the method of the library that it overrides; empty if there is none."
-    docs = (inspect.cleandoc(vars(base)[name].__doc__ or '') for base in [cls, *library_bases(cls)] if name in vars(base))
-    return next(filter(None, docs), '')
+    "What is said about a method, or about the method of the library that it overrides; empty if nothing is."
+    return next(filter(None, (about(public_methods(base)[name]) for base in [cls, *library_bases(cls)] if name in public_methods(base))), '')
 
 
 def address(definition):
@@ -112,9 +121,9 @@ class Entry:
 
     def method(self, cls, name, function):
         "One item of the list of methods: a link to the source that is an anchor too, and the description."
-        about = ' '.join(as_markdown(description(self.symbol, name)).split())
+        text = ' '.join(as_markdown(description(self.symbol, name)).split())
         shown = escape(call(name, cls, function), quote=False)
-        return f'- <a class="method" id="{self.name}.{name}" href="{address(function)}"><code>{shown}</code></a> {about}'.rstrip()
+        return f'- <a class="method" id="{self.name}.{name}" href="{address(function)}"><code>{shown}</code></a> {text}'.rstrip()
 
     def methods(self):
         "The list of methods, those of private bases among them, and links to those that come from public ones."
@@ -130,7 +139,7 @@ class Entry:
     def parts(self):
         "A rule, a heading, a link to the source, the docstring; of a class also how it is made, where a base says so, and its methods."
         yield from ('---', f'{"#" * self.level} {self.name}', f'<a class="source" href="{address(self.symbol)}">source</a>')
-        yield as_markdown(inspect.cleandoc(self.symbol.__doc__ or ''))
+        yield as_markdown(about(self.symbol))
         if not inspect.isclass(self.symbol): return
         if lines := inherited_lines(self.symbol): yield '\n'.join(['```python', *lines, '```'])
         yield from self.methods()
