@@ -26,13 +26,13 @@ def panel(ax, task, half):
     ax.set(xlim=(-half, half), ylim=(-half, half), aspect='equal', xticks=[-.5, 0, .5], yticks=[-.5, 0, .5])
     ax.spines[:].set_color('#cccccc')
     ax.tick_params(color='#cccccc', labelcolor=COLOURS['ink'], labelsize=8)
-    return [(ax.plot([], [], color=COLOURS[name], lw=1.6)[0], ax.plot([], [], 'o', color=COLOURS[name], ms=6, zorder=4)[0]) for name in ('before', 'after')]
+    return [(ax.plot([], [], color=COLOURS[name], lw=1, alpha=.8)[0], ax.plot([], [], 'o', color=COLOURS[name], ms=7, mec='white', zorder=4)[0]) for name in ('before', 'after')]
 
 
 def animate(result, count=3):
     "The first walk on each of the first goals, a frame for every few steps."
     walks = [[np.asarray(walks.obs[m, 0][walks.mask[m, 0]]) for walks in (result.before, result.after)] for m in range(count)]  # [goal][before, after] -> [T, 2]
-    half = 1.1 * max(np.abs(walk).max() for pair in walks for walk in pair)
+    half = 1.05 * max(np.abs(walk).max() for pair in walks for walk in pair)
     figure, axes = plt.subplots(1, count, figsize=(6, 2.5), layout='constrained', sharey=True)
     moving = [panel(ax, task, half) for ax, task in zip(axes, result.tasks)]
     for ax, m in zip(axes, range(count)): ax.set_title(f'return {result.before.returns[m].mean():.0f} → {result.after.returns[m].mean():.0f}'.replace('-', '−'), fontsize=10, color=COLOURS['ink'])

@@ -177,7 +177,8 @@ def broken_links(parsed, folder=OUT):
             if re.match(r'(https?:|mailto:|data:|javascript:|\?|/)', target): continue
             file, _, anchor = unquote(target).partition('#')
             file = file.removeprefix('./') or name
-            if file in parsed:
+            if file.startswith('..'): yield f'{name}: {link} leads out of the site'
+            elif file in parsed:
                 if anchor and anchor.lower() not in parsed[file].anchors: yield f'{name}: {link} names an anchor that is not there'
             elif not (folder / file).exists(): yield f'{name}: {link} names a page that is not there'
 
