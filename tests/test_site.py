@@ -1,6 +1,7 @@
 "How the site is made: entries of definitions, links at the foot of notebooks, folding, and the measuring of pages in a browser."
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -75,6 +76,14 @@ def test_a_comment_beside_the_first_line_describes_a_small_function():
 def test_docstrings_are_no_markdown():
     given = '|A|^2 in [M, K] costs $5 and <b> `a * b`, see https://arxiv.org/abs/1703.03400. Half-\nopen'
     assert reference.as_markdown(given) == r'\|A\|\^2 in [M, K] costs \$5 and \<b> `a * b`, see <https://arxiv.org/abs/1703.03400>. Half-open'
+
+
+def test_the_source_is_folded_once():
+    cell = lambda source, **directives: SimpleNamespace(cell_type='code', source=source, directives_=directives)
+    plain, own, other = cell('def f(): pass', exports=[]), cell('#| code-fold: true\ndef f(): pass', exports=[]), cell('x = 1')
+    for each in (plain, own, other): reference.fold_source(each)
+    assert plain.source == '#| code-fold: show\n#| code-summary: "Source"\ndef f(): pass'
+    assert own.source == '#| code-fold: true\ndef f(): pass' and other.source == 'x = 1'
 
 
 def test_a_page_without_a_method_is_found():
@@ -158,3 +167,22 @@ def test_the_browser_finds_what_is_wide_or_cut_off(tmp_path):
     assert found['good'] == ''
     assert 'at 390 px (phone): the page is' in found['wide'] and 'at 1200 px' not in found['wide']
     assert 'cut off: <pre>' in found['cut'] and 'cut off: <pre>' in found['folded'] and 'no picture at nowhere.png' in found['no_picture']
+
+
+def test_home_needs_no_clone(tmp_path, monkeypatch):
+    "On Colab there is no benchmarks/results beside the notebook: the files come from the repository's address."
+    cells = [cell.source for cell in nbformat.read(ROOT / 'nbs/index.ipynb', 4).cells if cell.cell_type == 'code']
+    asked, space = [], {}
+    monkeypatch.chdir(tmp_path)
+    for source in cells[1:3]: exec(source, space)  # imports, and what the tables need
+
+    def from_github(address):
+        asked.append(address)
+        return open(ROOT / address.removeprefix('https://raw.githubusercontent.com/ssm-metarl/ssm-metarl/main/'))
+    space['urlopen'] = from_github
+    tables = [source for source in cells if 'measured(' in source and 'def measured' not in source and 'EnvBatch' not in source]
+    space['mdps'] = space['measured']('mdp-10')['table']
+    for source in tables: exec(source, space)
+    assert len(asked) == 6 and asked[1].endswith('/main/benchmarks/results/basic.json')
+    read = [source for source in cells if 'benchmarks' in source and 'def measured' not in source]
+    assert not read and "find_spec('ssm_metarl') is None" in cells[0] and 'git+https://github.com/ssm-metarl/ssm-metarl' in cells[0]

@@ -1,6 +1,6 @@
 """How the site shows a definition of the library: a heading, a link to the source, what it is for, its inherited settings and its public methods.
 
-nbdev asks for `Entry` by the line `renderer` of settings.ini; tools/ has to be on the path
+nbdev asks for `Entry` and `fold_source` by the lines `renderer` and `procs` of settings.ini; tools/ has to be on the path
 (`PYTHONPATH=tools nbdev_docs`; tools/preview.py sees to it by itself). A page runs its notebook's
 cells, so what nbdev hands over belongs to `__main__`: the entry is made from the same definition in
 the installed module. Below the entry the page shows the source, with the arguments and comments.
@@ -145,3 +145,9 @@ class Entry:
         yield from self.methods()
 
     def _repr_markdown_(self): return '\n\n'.join(filter(None, self.parts()))
+
+
+def fold_source(cell):
+    "Show the source below an entry as a fold that is open, unless the cell says how; nbdev's own `add_fold` would say it a second time, which Quarto rejects."
+    if cell.cell_type != 'code' or 'exports' not in cell.directives_ or '#| code-fold' in cell.source: return
+    cell.source = f'#| code-fold: show\n#| code-summary: "Source"\n{cell.source}'
