@@ -53,6 +53,7 @@ def test_an_entry_lists_public_methods_and_what_is_inherited():
     assert [part.split('"')[0] for part in text.split('id="')[1:]] == ['Tent.context', 'Tent.own_loss', 'Tent.post_loss']
     assert 'From `AdaptationStrategy`: ' in text and '#adaptationstrategy.configure"' in text
     assert 'args, **kwargs' not in text
+    assert '<code>A_bar</code></a> Diagonal of the discrete state matrix, [P].' in entry(ssm.SSM)  # a property of a private base
     assert 'What is minimised when the caller has no loss' in text  # the docstring of the method that it overrides
 
 

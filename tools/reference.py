@@ -56,7 +56,8 @@ def public_methods(cls):
 
 def about(definition):
     "Docstring of a class or function; of a small function without one, the comment beside its first line; else an empty text."
-    if not inspect.isfunction(definition) or definition.__doc__: return inspect.cleandoc(definition.__doc__ or '')
+    if definition.__doc__: return inspect.cleandoc(definition.__doc__)
+    if not inspect.isfunction(definition) or definition.__name__ == '<lambda>': return ''
     source, first = dedent(inspect.getsource(definition)), tree(definition).lineno
     comments = (token.string for token in generate_tokens(StringIO(source).readline) if token.type == COMMENT and token.start[0] == first)
     return next(comments, '').lstrip('#-> ')
@@ -64,7 +65,8 @@ def about(definition):
 
 def description(cls, name):
     "What is said about a method, or about the method of the library that it overrides; empty if nothing is."
-    return next(filter(None, (about(public_methods(base)[name]) for base in [cls, *library_bases(cls)] if name in public_methods(base))), '')
+    bases = [base for base in [cls, *library_bases(cls)] if name in public_methods(base)]
+    return next(filter(None, (about(member) for base in bases for member in (vars(base)[name], public_methods(base)[name]))), '')
 
 
 def address(definition):
