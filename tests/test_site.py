@@ -82,9 +82,11 @@ def test_docstrings_are_no_markdown():
 def test_the_source_is_folded_once():
     cell = lambda source, **directives: SimpleNamespace(cell_type='code', source=source, directives_=directives)
     plain, own, other = cell('def f(): pass', exports=[]), cell('#| code-fold: true\ndef f(): pass', exports=[]), cell('x = 1')
-    for each in (plain, own, other): reference.fold_source(each)
+    imports = cell('import os\nfrom a import b')
+    for each in (plain, own, other, imports): reference.fold_source(each)
     assert plain.source == '#| code-fold: show\n#| code-summary: "Source"\ndef f(): pass'
     assert own.source == '#| code-fold: true\ndef f(): pass' and other.source == 'x = 1'
+    assert imports.source == '#| code-fold: true\n#| code-summary: "Imports"\nimport os\nfrom a import b'
 
 
 def test_a_page_without_a_method_is_found():

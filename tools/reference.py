@@ -15,6 +15,7 @@ from io import StringIO
 from textwrap import dedent
 from tokenize import COMMENT, generate_tokens
 
+from fold import only_imports
 from nbdev.config import get_config
 from nbdev.doclinks import NbdevLookup
 
@@ -150,6 +151,8 @@ class Entry:
 
 
 def fold_source(cell):
-    "Show the source below an entry as a fold that is open, unless the cell says how; nbdev's own `add_fold` would say it a second time, which Quarto rejects."
-    if cell.cell_type != 'code' or 'exports' not in cell.directives_ or '#| code-fold' in cell.source: return
-    cell.source = f'#| code-fold: show\n#| code-summary: "Source"\n{cell.source}'
+    """Show the source below an entry as a fold that is open, and cells of imports as one that is closed, unless the cell says how.
+    Instead of nbdev's own `add_fold`, which would say it a second time; Quarto rejects that."""
+    if cell.cell_type != 'code' or '#| code-fold' in cell.source: return
+    if 'exports' in cell.directives_: cell.source = f'#| code-fold: show\n#| code-summary: "Source"\n{cell.source}'
+    elif only_imports(cell.source): cell.source = f'#| code-fold: true\n#| code-summary: "Imports"\n{cell.source}'
