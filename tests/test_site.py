@@ -50,7 +50,7 @@ def test_names_that_two_modules_share_are_told_apart():
 
 def test_an_entry_lists_public_methods_and_what_is_inherited():
     text = entry(strategies.Tent)
-    assert [part.split('"')[0] for part in text.split('id="')[1:]] == ['Tent.context', 'Tent.own_loss', 'Tent.post_loss']
+    assert [part.split('"')[0] for part in text.split('id="')[1:]] == ['tent.context', 'tent.own_loss', 'tent.post_loss']
     assert 'From `AdaptationStrategy`: ' in text and '#adaptationstrategy.configure"' in text
     assert 'args, **kwargs' not in text
     assert '<code>A_bar</code></a> Diagonal of the discrete state matrix, [P].' in entry(ssm.SSM)  # a property of a private base
@@ -75,8 +75,8 @@ def test_a_comment_beside_the_first_line_describes_a_small_function():
 
 
 def test_docstrings_are_no_markdown():
-    given = '|A|^2 in [M, K] costs $5 and <b> `a * b`, see https://arxiv.org/abs/1703.03400. Half-\nopen'
-    assert reference.as_markdown(given) == r'\|A\|\^2 in [M, K] costs \$5 and \<b> `a * b`, see <https://arxiv.org/abs/1703.03400>. Half-open'
+    given = '|A|^2 in [M, K] costs $5 --now and <b> @x `a * b`, see https://arxiv.org/abs/1703.03400. Half-\nopen'
+    assert reference.as_markdown(given) == r'\|A\|\^2 in [M, K] costs \$5 \--now and \<b> \@x `a * b`, see <https://arxiv.org/abs/1703.03400>. Half-open'
 
 
 def test_the_source_is_folded_once():
@@ -90,7 +90,7 @@ def test_the_source_is_folded_once():
 
 
 def test_a_page_without_a_method_is_found():
-    page = preview.Page('<h3 id="tent">Tent</h3><a id="Tent.context"></a>')
+    page = preview.Page('<h3 id="tent">Tent</h3><a id="tent.context"></a>')
     found = [x for x in preview.undescribed({'strategies.html': page}) if x.startswith('strategies.html: ssm_metarl.strategies.Tent')]
     assert found == [f'strategies.html: ssm_metarl.strategies.Tent.{name} is not on the page' for name in ('own_loss', 'post_loss')]
 

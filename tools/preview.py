@@ -117,7 +117,7 @@ class Page(HTMLParser):
         self.in_code += tag == 'pre'
         if tag == 'a' and attrs.get('href'): self.links.append(attrs['href'])
         if tag == 'img' and attrs.get('src'): self.links.append(attrs['src'])
-        self.anchors |= {unquote(attrs[k]).lower() for k in ('id', 'name') if attrs.get(k)}
+        self.anchors |= {unquote(attrs[k]) for k in ('id', 'name') if attrs.get(k)}
 
     def handle_endtag(self, tag): self.in_code -= tag == 'pre'
 
@@ -178,7 +178,7 @@ def broken_links(parsed, folder=OUT):
             file = file.removeprefix('./') or name
             if file.startswith('..'): yield f'{name}: {link} leads out of the site'
             elif file in parsed:
-                if anchor and anchor.lower() not in parsed[file].anchors: yield f'{name}: {link} names an anchor that is not there'
+                if anchor and anchor not in parsed[file].anchors: yield f'{name}: {link} names an anchor that is not there'
             elif not (folder / file).exists(): yield f'{name}: {link} names a page that is not there'
 
 

@@ -9,7 +9,6 @@ import ast
 import inspect
 import re
 from dataclasses import is_dataclass
-from html import escape
 from importlib import import_module
 from io import StringIO
 from textwrap import dedent
@@ -84,7 +83,7 @@ def page(cls, name):
 def as_markdown(text):
     "A docstring, so that only its `names`, paragraphs and addresses mean something to Markdown."
     parts = re.split(r'(`[^`]*`|https?://[^\s)>]*[^\s)>.,;])', re.sub(r'(?<=\w)-\n(?=\w)', '-', text))
-    plain = (re.sub(r'([\\*^~$<|])', r'\\\1', part) if i % 2 == 0 else part if part.startswith('`') else f'<{part}>' for i, part in enumerate(parts))
+    plain = (re.sub(r'([\\*^~$<|@]|-(?=-))', r'\\\1', part) if i % 2 == 0 else part if part.startswith('`') else f'<{part}>' for i, part in enumerate(parts))
     return ''.join(plain)
 
 
@@ -125,8 +124,9 @@ class Entry:
     def method(self, cls, name, function):
         "One item of the list of methods: a link to the source that is an anchor too, and the description."
         text = ' '.join(as_markdown(description(self.symbol, name)).split())
-        shown = escape(call(name, cls, function), quote=False)
-        return f'- <a class="method" id="{self.name}.{name}" href="{address(function)}"><code>{shown}</code></a> {text}'.rstrip()
+        shown = re.sub(r'[^\w\s(),=:]', lambda sign: f'&#{ord(sign[0])};', call(name, cls, function))  # or quotes would be set as in prose
+        anchor = f'{self.name}.{name}'.lower()
+        return f'- <a class="method" id="{anchor}" href="{address(function)}"><code>{shown}</code></a> {text}'.rstrip()
 
     def methods(self):
         "The list of methods, those of private bases among them, and links to those that come from public ones."
