@@ -24,7 +24,7 @@ const flow = e => getComputedStyle(e).overflowX;
 const scrolls = e => e && e !== document.body && e.tagName !== 'HTML' && (['auto', 'scroll'].includes(flow(e)) || scrolls(e.parentElement));
 for (const e of document.querySelectorAll('main *')) {
   const box = e.getBoundingClientRect();
-  if (!box.width || e.closest('mjx-container > *, svg, .visually-hidden, .screen-reader-only')) continue;
+  if (!box.width || e.closest('mjx-container > *, svg, button, .anchorjs-link, .visually-hidden, .screen-reader-only')) continue;
   if (['hidden', 'clip'].includes(flow(e)) && e.scrollWidth > e.clientWidth + 1 && e.clientWidth) say('cut off:', e);
   if (box.right > width + 1 && !scrolls(e.parentElement) && !(scrolls(e) && box.left >= 0 && box.width <= width)) say('sticks out:', e);
 }
