@@ -325,6 +325,8 @@ def _draw_verdicts(ax, rows, strategies):  # how many shifts got worse (left) an
             ax.barh(place, -some.count('worse'), **style)
             ax.plot(0, place, '|', ms=4, color=GUARD_COLOURS[mode])
     ax.axvline(0, color=COLOURS['ink'], lw=.8)
+    ax.set_xlim(-18, 18)
+    ax.set_xticks((-18, -9, 0, 9, 18), (18, 9, 0, 9, 18))
     ax.set_yticks(range(len(strategies)), strategies)
     ax.set_ylim(len(strategies) - .4, -.6)
 
@@ -337,8 +339,8 @@ def _draw_lengths(ax, rows, names):  # of the source, the filters and the memory
         low, high = np.array([row['length_ci95'] for row in some], float).T
         ax.hlines(place, low, high, color=colour, lw=1)
         ax.plot([row['length'] for row in some], place, 'o', ms=3, color=colour, label=label)
-    ax.set_yticks(range(len(names)), [name.replace('angular velocity', 'ang. velocity')
-                                      for name in names])
+    shown = [name.replace('angular velocity', 'ang. velocity') for name in names]
+    ax.set_yticks(range(len(names)), ['at home' if name == 'none' else name for name in shown])
     ax.set_ylim(len(names) - .4, -.6)
     ax.grid(axis='y', color=COLOURS['faint'], lw=.3)
 
@@ -355,7 +357,7 @@ def plot_shift_strategies(
     fig, (left, right) = pyplot().subplots(1, 2, figsize=size, layout='constrained')
     _draw_verdicts(left, [row for row in rows if 'verdict' in row], strategies)
     _draw_lengths(right, rows, names)
-    dress(left, '', 'shifts: worse | better', '').tick_params(labelsize=7)
+    dress(left, '', 'worse  (shifts)  better', '').tick_params(labelsize=7)
     dress(right, '', 'length of an episode (steps)', '').tick_params(labelsize=7)
     for ax, place in ((left, 'outside upper left'), (right, 'outside upper right')):
         handles, labels = ax.get_legend_handles_labels()
