@@ -224,7 +224,7 @@ MODES = 'unguarded', 'guarded', 'gated'
 GUARDS = dict(max_kl=.05) # beside the defaults of `AdaptationConfig`
 NO_GUARDS = dict(trust_radius=None, max_grad_norm=None)
 
-# %% ../nbs/06e_gradients_or_memory.ipynb #06e00028
+# %% ../nbs/06e_gradients_or_memory.ipynb #06e00031
 def make_learner(
     policy: SSMMetaPolicy, # the source
     tried: Tried, # how to learn
@@ -250,7 +250,7 @@ def make_learner(
     many.strategy.source = found
     return GradientSteps(policy, many)
 
-# %% ../nbs/06e_gradients_or_memory.ipynb #06e00030
+# %% ../nbs/06e_gradients_or_memory.ipynb #06e00033
 @torch.no_grad()
 def alarm_steps(
     policy: SSMMetaPolicy, # the source
@@ -274,7 +274,7 @@ def alarm_steps(
         if over.any(): bank.begin(seen[over], over)
     return rung
 
-# %% ../nbs/06e_gradients_or_memory.ipynb #06e00033
+# %% ../nbs/06e_gradients_or_memory.ipynb #06e00036
 def stream_rows(
     ends: np.ndarray, # bool [T, N], N = shifts x n
     names: list, # of the shifts
@@ -289,7 +289,7 @@ def stream_rows(
     return [dict(shift=name, **about, **{k: x[i] for k, x in cut.items()})
             for i, name in enumerate(names)]
 
-# %% ../nbs/06e_gradients_or_memory.ipynb #06e00034
+# %% ../nbs/06e_gradients_or_memory.ipynb #06e00037
 def shifted_streams(
     tasks: list, # n test tasks
     names: list, # of shifts
@@ -300,7 +300,7 @@ def shifted_streams(
     return Streams(tasks * len(names), [SHIFTS[name] for name in names for _ in tasks], seed,
                    list(range(n)) * len(names))
 
-# %% ../nbs/06e_gradients_or_memory.ipynb #06e00035
+# %% ../nbs/06e_gradients_or_memory.ipynb #06e00038
 def strategy_rows(
     policy: SSMMetaPolicy, # the source
     rung: np.ndarray, # as of `alarm_steps`, for the streams below
@@ -328,7 +328,7 @@ def strategy_rows(
             found += [row | dict(adapted=x) for row, x in zip(rows, share)]
     return found
 
-# %% ../nbs/06e_gradients_or_memory.ipynb #06e00037
+# %% ../nbs/06e_gradients_or_memory.ipynb #06e00040
 @register_family('MetaShiftedCartPole-v0')
 class ShiftedCartPole(CartPole):
     """Cart-poles with errors of some sensors and motors of both directions; the reward is -1 where
@@ -354,11 +354,11 @@ class ShiftedCartPole(CartPole):
         after, reward, over = super().move(variables, action, tasks)
         return after, -over.astype(reward.dtype), over
 
-# %% ../nbs/06e_gradients_or_memory.ipynb #06e00039
+# %% ../nbs/06e_gradients_or_memory.ipynb #06e00042
 # largest error, time limit, episodes in a trial, outer steps, step size
 MEMORY_PHASES = ((.5, 100, 4, 20, 5e-3), (1.2, 100, 4, 240, 5e-3), (1.2, 300, 2, 120, 3e-3))
 
-# %% ../nbs/06e_gradients_or_memory.ipynb #06e00040
+# %% ../nbs/06e_gradients_or_memory.ipynb #06e00043
 def train_memory(
     seed: int, # of tasks, weights and episodes
     phases: tuple = MEMORY_PHASES, # each as above
@@ -384,7 +384,7 @@ def train_memory(
         done += steps
     return policy
 
-# %% ../nbs/06e_gradients_or_memory.ipynb #06e00041
+# %% ../nbs/06e_gradients_or_memory.ipynb #06e00044
 class MemoryPlayer:
     "A policy with history on N streams, with its likeliest actions; its memory is never emptied."
 
@@ -413,7 +413,7 @@ class MemoryPlayer:
         self.age[over] = 0
         self.past = history(self.policy, self.action, -fell.float(), torch.from_numpy(over)[None])
 
-# %% ../nbs/06e_gradients_or_memory.ipynb #06e00042
+# %% ../nbs/06e_gradients_or_memory.ipynb #06e00045
 @torch.no_grad()
 def memory_rows(
     policy: SSMMetaPolicy, # with history
@@ -431,7 +431,7 @@ def memory_rows(
         ends.append(over)
     return stream_rows(np.array(ends), list(names), strategy='memory', mode='unguarded')
 
-# %% ../nbs/06e_gradients_or_memory.ipynb #06e00043
+# %% ../nbs/06e_gradients_or_memory.ipynb #06e00046
 class Source(NamedTuple):
     "A policy, a model of what follows its actions, and what is normal for both."
     policy: SSMMetaPolicy
@@ -439,7 +439,7 @@ class Source(NamedTuple):
     prior: tuple
     calibration: Calibration
 
-# %% ../nbs/06e_gradients_or_memory.ipynb #06e00044
+# %% ../nbs/06e_gradients_or_memory.ipynb #06e00047
 def prepare_source(
     seed: int, # of everything
     validation: int = 400, # tasks for `calibrate`
@@ -454,7 +454,7 @@ def prepare_source(
     tasks = sample_tasks(env, validation, 'validation')
     return Source(policy, model, prior, calibrate(policy, model, prior, tasks, T, seed=seed))
 
-# %% ../nbs/06e_gradients_or_memory.ipynb #06e00045
+# %% ../nbs/06e_gradients_or_memory.ipynb #06e00048
 def strategy_scores(
     seed: int, # of everything
     n: int = 16, # held-out tasks for each shift
@@ -472,7 +472,7 @@ def strategy_scores(
     rung = alarm_steps(policy, bank, source.calibration, streams, T)
     return strategy_rows(policy, rung, tasks, windows, T=T, seed=seed, **choices)
 
-# %% ../nbs/06e_gradients_or_memory.ipynb #06e00046
+# %% ../nbs/06e_gradients_or_memory.ipynb #06e00049
 def memory_scores(
     seed: int, # of everything
     n: int = 16, # held-out tasks for each shift
@@ -483,5 +483,5 @@ def memory_scores(
     tasks = sample_tasks(replace(CART_POLE, seed=seed), n, 'held_out')
     return memory_rows(train(seed), tasks, T=T, seed=seed)
 
-# %% ../nbs/06e_gradients_or_memory.ipynb #06e00048
+# %% ../nbs/06e_gradients_or_memory.ipynb #06e00051
 SHIFT_VARIANTS = dict(calibration=shift_scores, strategies=strategy_scores, memory=memory_scores)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 from ssm_metarl.calibration import CalibrationBank, Gate, calibrate, play_calibrated
@@ -13,7 +14,7 @@ from ssm_metarl.envs import EnvConfig, sample_tasks
 from ssm_metarl.policy import PolicyConfig, SSMMetaPolicy
 from ssm_metarl.policy_shift import CART_POLE, SHIFTS, Player, collect_source, play, train_forward
 from ssm_metarl.rollout import collect, policy_inputs
-from ssm_metarl.shift_strategies import MODES, STREAM_STRATEGIES, MemoryPlayer, PrototypeSteps, ShiftedCartPole, StackPlayer, alarm_steps, make_learner, memory_rows, play_adapted, shifted_streams, source_windows, strategy_rows, stream_rows, train_memory
+from ssm_metarl.shift_strategies import MODES, SHIFT_VARIANTS, STREAM_STRATEGIES, MemoryPlayer, PrototypeSteps, ShiftedCartPole, StackPlayer, alarm_steps, make_learner, memory_rows, play_adapted, shifted_streams, source_windows, strategy_rows, stream_rows, train_memory
 from ssm_metarl.studies import strategy_table
 
 RESULTS = Path(__file__).parents[1] / 'benchmarks' / 'results'
@@ -150,11 +151,16 @@ def test_the_alarm_rings_when_the_gate_of_the_filters_hears_it(policy):
 
 
 def test_shifted_cart_poles():
-    tasks = sample_tasks(EnvConfig('MetaShiftedCartPole-v0', seed=1), 2000)
+    env = EnvConfig('MetaShiftedCartPole-v0', seed=1)
+    tasks = sample_tasks(env, 2000)
     bias, force = np.array([t['bias'] for t in tasks]), np.array([t['force'] for t in tasks])
-    assert np.allclose(np.abs(bias).max(0), ShiftedCartPole.widths, rtol=.02) and np.abs(bias.mean(0) / ShiftedCartPole.widths).max() < .06
-    assert abs((force < 0).mean() - .5) < .05
-    assert np.abs([t['bias'] for t in sample_tasks(EnvConfig('MetaShiftedCartPole-v0', options=dict(width=.25)), 500)]).max(0) == pytest.approx([.5, .5, .05, .25], rel=.02)
+    sizes, faulty = np.array(ShiftedCartPole.sizes), bias != 0
+    assert np.allclose(np.abs(bias).max(0), 1.2 * sizes, rtol=.03) and np.abs(bias.mean(0) / sizes).max() < .06
+    assert np.abs(faulty.mean(0) - .25).max() < .05 and abs((force < 0).mean() - .5) < .05  # five standard deviations
+    together = faulty.sum(1)
+    assert np.allclose(np.bincount(together, minlength=5) / 2000, scipy.stats.binom.pmf(range(5), 4, .25), atol=.05)
+    small = np.array([t['bias'] for t in sample_tasks(replace(env, options=dict(width=.5, share=1.)), 500)])
+    assert (small != 0).all() and np.abs(small).max(0) == pytest.approx(.5 * sizes, rel=.03)
     family, plain = ShiftedCartPole(), CartPole(sensor_bias=1.)
     prepared = family.prepare({k: np.array([t[k] for t in tasks]) for k in tasks[0]})
     state = np.random.default_rng(0).uniform(-.3, .3, (4, 2000)).astype(np.float32)
@@ -163,7 +169,8 @@ def test_shifted_cart_poles():
     same, one, also = plain.move(state, action, prepared)
     assert np.array_equal(after, same) and np.array_equal(over, also) and 0 < over.mean() < 1
     assert np.array_equal(reward, np.where(over, -1, 0)) and (one == 1).all()
-    with pytest.raises(ValueError, match='width=-1'): ShiftedCartPole(-1)
+    for wrong in (dict(width=-1), dict(share=1.5)):
+        with pytest.raises(ValueError, match=next(iter(wrong))): ShiftedCartPole(**wrong)
 
 
 def test_a_memory_sees_at_test_time_what_it_saw_in_training():
@@ -238,3 +245,34 @@ def test_verdicts_are_of_pairs():
 
 def test_what_is_refused(policy, windows):
     with pytest.raises(ValueError, match="mode='open' is not one of 'unguarded', 'guarded', 'gated'"): learner(policy, windows, mode='open')
+
+
+def test_step_sizes_are_those_that_won():
+    found = json.loads((RESULTS / 'cartpole-shift-tuning.json').read_text(encoding='utf-8'))['strategies']
+    assert set(found) == set(STREAM_STRATEGIES) - {'t3a'}
+    for name, row in found.items():
+        tried = STREAM_STRATEGIES[name]
+        assert list(tried.lrs) == row['lrs'] and len(row['lrs']) == 3 and tried.lr == row['best'] == row['lrs'][np.argmax(row['lengths'])]
+
+
+@pytest.fixture(scope='module')
+def published():
+    table = json.loads((RESULTS / 'cartpole-shift-strategies.json').read_text(encoding='utf-8'))['table']
+    rows = [json.loads(path.read_text(encoding='utf-8')) for path in sorted((RESULTS / 'rows' / 'cartpole-shift-strategies').glob('*.json'))]
+    return {(row['strategy'], row['mode'], row['shift']): row for row in table if 'strategy' in row}, rows
+
+
+def test_committed_table_is_that_of_its_rows(published):
+    table, rows = published
+    again = json.loads(json.dumps(strategy_table(rows)))
+    assert {(row['strategy'], row['mode'], row['shift']): row for row in again} == table
+    seeds = {v: sorted(row['seed'] for row in rows if row['variant'] == v) for v in SHIFT_VARIANTS}
+    assert min(map(len, seeds.values())) >= 3 and set().union(*seeds.values()).isdisjoint(range(15)) and 100 not in seeds['strategies']
+
+
+def test_all_variants_played_the_same_streams(published):
+    "Without adaptation, filters and strategies saw the same worlds; two stacks round differently, so single streams may part."
+    _, rows = published
+    alone = {(m['variant'], m['seed'], row['shift']): np.array(row['late']) for m in rows for row in m['rows'] if row['mode'] == 'none'}
+    pairs = [(x, alone['strategies', *key]) for (variant, *key), x in alone.items() if variant == 'calibration' and ('strategies', *key) in alone]
+    assert len(pairs) >= 19 and np.mean([np.mean(np.isclose(a, b)) for a, b in pairs]) > .9
