@@ -370,7 +370,8 @@ def _show_shift(row):
     pair = alarm = ''
     if 'ratio' in row: pair = f', x {row["ratio"]:.2f} {show_interval(row["ratio_ci95"])}'
     if 'verdict' in row:
-        pair = f', {row["difference"]:+.0f} {show_interval(row["difference_ci95"])} {row["verdict"]}'
+        gap = f'{row["difference"]:+.0f} {show_interval(row["difference_ci95"])}'
+        pair = f', {gap} {row["verdict"]}'
     if 'rung' in row: alarm = f', alarm in {100 * row["rung"]:.0f} % of the streams'
     return (f'{row["name"]:>42}: {row["length"]:.0f} {show_interval(row["length_ci95"])}'
             + pair + alarm)
