@@ -356,7 +356,7 @@ class ShiftedCartPole(CartPole):
 
 # %% ../nbs/06e_gradients_or_memory.ipynb #06e00042
 # largest error, time limit, episodes in a trial, outer steps, step size
-MEMORY_PHASES = ((.5, 100, 4, 20, 5e-3), (1.2, 100, 4, 240, 5e-3), (1.2, 300, 2, 120, 3e-3))
+MEMORY_PHASES = ((.5, 100, 4, 20, 5e-3), (1.2, 100, 4, 100, 5e-3), (1.2, 300, 2, 60, 3e-3))
 
 # %% ../nbs/06e_gradients_or_memory.ipynb #06e00043
 def train_memory(
