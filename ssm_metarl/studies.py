@@ -358,7 +358,7 @@ def plot_shift_strategies(
     _draw_verdicts(left, [row for row in rows if 'verdict' in row], strategies)
     _draw_lengths(right, rows, names)
     dress(left, '', 'worse  (shifts)  better', '').tick_params(labelsize=7)
-    dress(right, '', 'length of an episode (steps)', '').tick_params(labelsize=7)
+    dress(right, '', 'steps in an episode', '').tick_params(labelsize=7)
     for ax, place in ((left, 'outside upper left'), (right, 'outside upper right')):
         handles, labels = ax.get_legend_handles_labels()
         fig.legend(handles, labels, loc=place, ncols=3, frameon=False, fontsize=7,

@@ -136,7 +136,7 @@ def test_prototypes_by_hand(policy):
 
 
 def test_the_alarm_rings_when_the_gate_of_the_filters_hears_it(policy):
-    tasks = sample_tasks(CART_POLE, 100, 'validation')
+    tasks = sample_tasks(CART_POLE, 160, 'validation')
     model, prior = train_forward(collect_source(policy, tasks[:16], 60), steps=200)
     calibration = calibrate(policy, model, prior, tasks, T=60)
     N, heard = 6, []
