@@ -257,8 +257,8 @@ def test_step_sizes_are_those_that_won():
 
 @pytest.fixture(scope='module')
 def published():
-    table = json.loads((RESULTS / 'cartpole-shift-strategies.json').read_text(encoding='utf-8'))['table']
-    rows = [json.loads(path.read_text(encoding='utf-8')) for path in sorted((RESULTS / 'rows' / 'cartpole-shift-strategies').glob('*.json'))]
+    table = json.loads((RESULTS / 'cartpole-shift.json').read_text(encoding='utf-8'))['table']
+    rows = [json.loads(path.read_text(encoding='utf-8')) for path in sorted((RESULTS / 'rows' / 'cartpole-shift').glob('*.json'))]
     return {(row['strategy'], row['mode'], row['shift']): row for row in table if 'strategy' in row}, rows
 
 
