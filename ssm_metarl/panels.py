@@ -358,8 +358,8 @@ def _draw_state(ax, states, spread):  # [T, S]
 
 def _draw_belief(ax, a, b, chance, guess):  # of one arm: [T], [T], number, [T]
     p = np.linspace(.005, .995, 100)[:, None]
-    height = (a - 1) * np.log(p) + (b - 1) * np.log(1 - p)  # log density, up to a constant
-    ax.imshow(np.exp(height - height.max(0)), 'Blues', aspect='auto', origin='lower', vmax=1.3,
+    height = np.exp((a - 1) * np.log(p) + (b - 1) * np.log(1 - p))  # up to a factor
+    ax.imshow(height / height.mean(0), 'Blues', aspect='auto', origin='lower', vmin=0, vmax=5,
               extent=(.5, len(a) + .5, 0, 1))
     ax.axhline(chance, color=COLOURS['goal'], lw=1.5)
     ax.plot(np.arange(1, len(a) + 1), guess.clip(0, 1), color=COLOURS['before'], lw=1.5)

@@ -514,7 +514,9 @@ def new_figure(
 ): # matplotlib's Figure
     "An empty figure that `pyplot` does not know, so that any thread may draw on it."
     from matplotlib.figure import Figure
-    return Figure((width, height), dpi=dpi, layout='constrained')
+    class Shown(Figure):
+        def _repr_png_(self): return png_of(self)  # for notebooks
+    return Shown((width, height), dpi=dpi, layout='constrained')
 
 # %% ../nbs/07a_widgets.ipynb #07a10059
 FADE = '<style>img.ssm-old {opacity: .25; transition: opacity .2s .3s}</style>'
@@ -569,7 +571,8 @@ def _draw_walks(ax, grid, goal, step):  # paths to one goal of a grid, before an
     if step: ax.plot(*grid.path(goal, step).T, color=COLOURS['after'], lw=1.4, label='after')
     ax.plot(0, 0, 'o', mfc='white', mec=COLOURS['ink'], ms=5, zorder=3)
     ax.plot(*grid.goals[goal], '*', color=COLOURS['goal'], mec='white', mew=.6, ms=14, zorder=3)
-    ax.set(xlim=(-.8, .8), ylim=(-.8, .8), aspect='equal')
+    ax.set(xlim=(-.8, .8), ylim=(-.8, .8), aspect='equal', xticks=(-.5, 0, .5),
+           yticks=(-.5, 0, .5))
 
 
 def goal_figure(
@@ -585,7 +588,7 @@ def goal_figure(
     returns = grid.returns[0]
     right.plot(returns, 'o-', color=COLOURS['after'], ms=4)
     right.plot(step, returns[step], 'o', color=COLOURS['after'], ms=9)
-    right.set_xticks(range(len(returns)))
+    right.set(xticks=range(len(returns)), ylim=(1.1 * min(grid.low, returns.min()), 0))
     dress(right, '', 'gradient steps', 'return of the episode')
     return figure
 
