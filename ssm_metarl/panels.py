@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PLAYERS', 'Interrupted', 'time_left', 'curve_figure', 'LiveCurve', 'CommandLine', 'Job', 'ControlPanel',
-           'steps_figure', 'watch_memory', 'beliefs', 'ReadOut', 'bandit_figure', 'BanditPlayer', 'source_mark',
-           'remembered']
+           'steps_figure', 'watch_memory', 'beliefs', 'ReadOut', 'bandit_figure', 'BanditPlayer', 'hidden_numbers',
+           'read_navigator', 'walk_figure', 'WalkPlayer', 'source_mark', 'remembered']
 
 # %% ../nbs/07b_panels.ipynb #07b10003
 import atexit
@@ -321,10 +321,10 @@ class ReadOut:
 
     @classmethod
     def fit(cls,
-            states: np.ndarray, # [M, T, S]
-            wanted: np.ndarray, # [M, T, k]
+            states: np.ndarray, # [..., S]
+            wanted: np.ndarray, # [..., k]
            ) -> 'ReadOut':
-        "The best one for these games."
+        "The best one for these steps of some games."
         X = states.reshape(-1, states.shape[-1])
         y = wanted.reshape(-1, wanted.shape[-1])
         weights = np.linalg.lstsq(np.c_[X, np.ones(len(X))], y, rcond=None)[0]
@@ -338,8 +338,9 @@ class ReadOut:
 
     def explained(self, states: np.ndarray, wanted: np.ndarray) -> float:
         "Share of the variance that it explains, 1 - (squared error / variance)."
-        error = np.square(self(states) - wanted).mean((0, 1))
-        return float(1 - (error / wanted.var((0, 1))).mean())
+        wanted = wanted.reshape(-1, wanted.shape[-1])
+        error = np.square(self(states).reshape(wanted.shape) - wanted).mean(0)
+        return float(1 - (error / wanted.var(0)).mean())
 
 # %% ../nbs/07b_panels.ipynb #07b10029
 def _draw_pulls(ax, arms, won):
@@ -418,13 +419,95 @@ class BanditPlayer(FigurePanel):
         return bandit_figure(chance, traj, states, self.read)
 
 # %% ../nbs/07b_panels.ipynb #07b10034
+def hidden_numbers(
+    task: dict, # with a 'goal' and a 'rotation'
+) -> np.ndarray: # x, y, cos and sin of the angle, [4]
+    "What a navigator has to find out."
+    angle = float(task['rotation'])
+    return np.array([*task['goal'], math.cos(angle), math.sin(angle)])
+
+
+def _real_steps(traj, states, tasks):  # states [n, S] and hidden numbers [n, 4] before the ends
+    mask = traj.mask[:, 0].numpy()
+    hidden = np.stack([hidden_numbers(task) for task in tasks])[:, None]
+    return states[mask], np.broadcast_to(hidden, (*mask.shape, 4))[mask]
+
+
+def read_navigator(
+    policy: SSMMetaPolicy, # trained on rotated navigation
+    params: dict, # its parameters, [...]
+    tasks: list, # M tasks to fit the read-out on
+    env: EnvConfig, # rotated navigation
+) -> ReadOut: # of the hidden numbers
+    "Fit what the state knows of goal and angle."
+    return ReadOut.fit(*_real_steps(*watch_memory(policy, params, tasks, env), tasks))
+
+# %% ../nbs/07b_panels.ipynb #07b10037
+def walk_figure(
+    task: dict, # with a 'goal' and a 'rotation'
+    traj: Trajectories, # one walk, [1, 1, T]
+    states: np.ndarray, # of the memory, [1, T, S]
+    read: ReadOut, # of the hidden numbers
+): # matplotlib's Figure
+    "A walk, the state beside it, and what the state knows of goal and angle."
+    n, figure = int(traj.mask.sum()), new_figure(6, 3.2)
+    path, guess = traj.obs[0, 0, :n].numpy(), read(states[0, :n])
+    grid = figure.add_gridspec(2, 2, width_ratios=(1.1, 1), height_ratios=(1.4, 1))
+    left, top = figure.add_subplot(grid[:, 0]), figure.add_subplot(grid[0, 1])
+    below, time = figure.add_subplot(grid[1, 1]), np.arange(1, n + 1)
+    left.plot(*path.T, color=COLOURS['after'], lw=1, alpha=.5)
+    left.scatter(*path.T, 14, time, cmap='Blues_r', vmin=-5, vmax=1.4 * n, zorder=2)
+    left.plot(*guess[:, :2].T, '.', color=COLOURS['before'], ms=4)
+    left.plot(0, 0, 'o', mfc='white', mec=COLOURS['ink'], ms=5, zorder=3)
+    left.plot(*task['goal'], '*', color=COLOURS['goal'], mec='white', mew=.6, ms=15, zorder=3)
+    left.set(xlim=(-.8, .8), ylim=(-.8, .8), aspect='equal', xticks=(-.5, 0, .5),
+             yticks=(-.5, 0, .5))
+    dress(left, f'return {traj.returns.item():.1f}'.replace('-', '−'), 'x', 'y')
+    _draw_state(top, states[0, :n], read.spread)
+    dress(top, 'state of the SSM', '', '')
+    below.axhline(math.degrees(task['rotation']), color=COLOURS['goal'], lw=1.5)
+    angle = np.degrees(np.arctan2(guess[:, 3], guess[:, 2]))
+    below.plot(time, angle, '.', color=COLOURS['before'], ms=4)
+    below.set(ylim=(-190, 190), yticks=(-180, 0, 180), xlim=(.5, n + .5))
+    dress(below, '', 'steps', 'angle (°)')
+    return figure
+
+# %% ../nbs/07b_panels.ipynb #07b10038
+class WalkPlayer(FigurePanel):
+    "The reader hides a goal and an angle, and sees a trained memory find them."
+
+    def __init__(self,
+                 policy: SSMMetaPolicy, # trained on rotated navigation, with `history`
+                 params: dict, # its parameters, [...]
+                 env: EnvConfig, # rotated navigation
+                 read: ReadOut, # of the hidden numbers
+                 goal: tuple = (.3, .4), # at first
+                 angle: float = 90.): # degrees, at first
+        import ipywidgets as W
+        self.policy, self.params, self.env, self.read = policy, params, env, read
+        row = dict(min=-.5, max=.5, step=.05)
+        super().__init__(self.picture, dict(
+            x=W.FloatSlider(goal[0], description='goal, x', **row),
+            y=W.FloatSlider(goal[1], description='goal, y', **row),
+            angle=W.FloatSlider(angle, min=-180, max=180, step=15, description='angle (°)'),
+            game=W.IntSlider(0, 0, 50, description='walk'),
+            cut=W.Checkbox(False, description='cut the memory before every step')))
+
+    def picture(self, x, y, angle, game, cut):
+        "The figure for this task."
+        task = dict(goal=np.float32([x, y]), rotation=np.float32(math.radians(angle)))
+        traj, states = watch_memory(self.policy, self.params, [task],
+                                    replace(self.env, seed=game), cut)
+        return walk_figure(task, traj, states, self.read)
+
+# %% ../nbs/07b_panels.ipynb #07b10042
 @lru_cache(maxsize=None)
 def source_mark() -> str:
     "A fingerprint of the library's source code, as it is when first asked."
     files = sorted(Path(ssm_metarl.__file__).parent.glob('*.py'))
     return hashlib.sha256(b''.join(path.read_bytes() for path in files)).hexdigest()
 
-# %% ../nbs/07b_panels.ipynb #07b10035
+# %% ../nbs/07b_panels.ipynb #07b10043
 def remembered(
     path: Path, # file for the result; use only files that you have written yourself
     make: Callable, # computes it
