@@ -315,32 +315,44 @@ def beliefs(
 # %% ../nbs/07b_panels.ipynb #07b10024
 @dataclass
 class ReadOut:
-    "A linear function of the state, fitted by least squares."
-    weights: np.ndarray # [S + 1, k]
+    "Linear functions of the state, one for each step of a trial, fitted by least squares."
+    weights: np.ndarray # [T, S + 1, k]
     spread: np.ndarray # standard deviation of each number of the state, [S]
 
     @classmethod
     def fit(cls,
-            states: np.ndarray, # [..., S]
-            wanted: np.ndarray, # [..., k]
+            states: np.ndarray, # of M trials, [M, T, S]
+            wanted: np.ndarray, # [M, T, k]
+            mask: np.ndarray = None, # bool [M, T]: real steps; None: all
            ) -> 'ReadOut':
-        "The best one for these steps of some games."
-        X = states.reshape(-1, states.shape[-1])
-        y = wanted.reshape(-1, wanted.shape[-1])
-        weights = np.linalg.lstsq(np.c_[X, np.ones(len(X))], y, rcond=None)[0]
-        return cls(weights, X.std(0) + 1e-9)
+        "The best ones for these trials. Where few trials still go on, those of the step before."
+        mask = np.ones(states.shape[:2], bool) if mask is None else mask
+        enough, weights = min(len(states), 4 * states.shape[-1]), []
+        for x, y, real in zip(*(array.swapaxes(0, 1) for array in (states, wanted, mask))):
+            if real.sum() >= enough or not weights:
+                X = np.c_[x[real], np.ones(real.sum())]
+                fitted = np.linalg.lstsq(X, y[real], rcond=None)[0]
+            weights.append(fitted)
+        return cls(np.stack(weights), states[mask].std(0) + 1e-9)
 
     def __call__(self,
-                 states: np.ndarray, # [..., S]
-                ) -> np.ndarray: # [..., k]
-        "What it reads."
-        return states @ self.weights[:-1] + self.weights[-1]
+                 states: np.ndarray, # from the first step on, [..., t, S]
+                ) -> np.ndarray: # [..., t, k]
+        "What they read."
+        w = self.weights[:states.shape[-2]]
+        return np.einsum('...ts,tsk->...tk', states, w[:, :-1]) + w[:, -1]
 
-    def explained(self, states: np.ndarray, wanted: np.ndarray) -> float:
-        "Share of the variance that it explains, 1 - (squared error / variance)."
-        wanted = wanted.reshape(-1, wanted.shape[-1])
-        error = np.square(self(states).reshape(wanted.shape) - wanted).mean(0)
-        return float(1 - (error / wanted.var(0)).mean())
+    def explained(self,
+                  states: np.ndarray, # of other trials, [M, T, S]
+                  wanted: np.ndarray, # [M, T, k]
+                  mask: np.ndarray = None, # bool [M, T]: real steps; None: all
+                 ) -> np.ndarray: # [T, k], at least 0
+        "Share of the variance over trials that they explain: 1 - squared error / variance."
+        mask = np.ones(states.shape[:2], bool) if mask is None else mask
+        weight = mask[..., None] / np.maximum(mask.sum(0), 1)[:, None]  # [M, T, 1]
+        def mean(x): return (weight * x).sum(0)
+        variance = mean(np.square(wanted - mean(wanted))) + 1e-12
+        return np.maximum(1 - mean(np.square(self(states) - wanted)) / variance, 0)
 
 # %% ../nbs/07b_panels.ipynb #07b10029
 def _draw_pulls(ax, arms, won):
@@ -427,22 +439,25 @@ def hidden_numbers(
     return np.array([*task['goal'], math.cos(angle), math.sin(angle)])
 
 
-def _real_steps(traj, states, tasks):  # states [n, S] and hidden numbers [n, 4] before the ends
-    mask = traj.mask[:, 0].numpy()
-    hidden = np.stack([hidden_numbers(task) for task in tasks])[:, None]
-    return states[mask], np.broadcast_to(hidden, (*mask.shape, 4))[mask]
+def _seen_and_known(traj, states):  # position and state, [M, T, 2 + S]
+    return np.concatenate([traj.obs[:, 0].numpy(), states], -1)
 
-
+# %% ../nbs/07b_panels.ipynb #07b10035
 def read_navigator(
     policy: SSMMetaPolicy, # trained on rotated navigation
     params: dict, # its parameters, [...]
-    tasks: list, # M tasks to fit the read-out on
+    tasks: list, # M tasks
     env: EnvConfig, # rotated navigation
-) -> ReadOut: # of the hidden numbers
-    "Fit what the state knows of goal and angle."
-    return ReadOut.fit(*_real_steps(*watch_memory(policy, params, tasks, env), tasks))
+    fitted: ReadOut = None, # what to judge on these tasks; None: fit one
+): # ReadOut of the hidden numbers; or what `fitted` explains of each, [T, 4]
+    "What position and state know of goal and angle."
+    traj, states = watch_memory(policy, params, tasks, env)
+    hidden = np.stack([hidden_numbers(task) for task in tasks])[:, None]
+    wanted = np.broadcast_to(hidden, (*states.shape[:2], 4))
+    data = _seen_and_known(traj, states), wanted, traj.mask[:, 0].numpy()
+    return ReadOut.fit(*data) if fitted is None else fitted.explained(*data)
 
-# %% ../nbs/07b_panels.ipynb #07b10037
+# %% ../nbs/07b_panels.ipynb #07b10041
 def walk_figure(
     task: dict, # with a 'goal' and a 'rotation'
     traj: Trajectories, # one walk, [1, 1, T]
@@ -451,7 +466,7 @@ def walk_figure(
 ): # matplotlib's Figure
     "A walk, the state beside it, and what the state knows of goal and angle."
     n, figure = int(traj.mask.sum()), new_figure(6, 3.2)
-    path, guess = traj.obs[0, 0, :n].numpy(), read(states[0, :n])
+    path, guess = traj.obs[0, 0, :n].numpy(), read(_seen_and_known(traj, states)[0, :n])
     grid = figure.add_gridspec(2, 2, width_ratios=(1.1, 1), height_ratios=(1.4, 1))
     left, top = figure.add_subplot(grid[:, 0]), figure.add_subplot(grid[0, 1])
     below, time = figure.add_subplot(grid[1, 1]), np.arange(1, n + 1)
@@ -463,7 +478,7 @@ def walk_figure(
     left.set(xlim=(-.8, .8), ylim=(-.8, .8), aspect='equal', xticks=(-.5, 0, .5),
              yticks=(-.5, 0, .5))
     dress(left, f'return {traj.returns.item():.1f}'.replace('-', '−'), 'x', 'y')
-    _draw_state(top, states[0, :n], read.spread)
+    _draw_state(top, states[0, :n], read.spread[2:])
     dress(top, 'state of the SSM', '', '')
     below.axhline(math.degrees(task['rotation']), color=COLOURS['goal'], lw=1.5)
     angle = np.degrees(np.arctan2(guess[:, 3], guess[:, 2]))
@@ -472,7 +487,7 @@ def walk_figure(
     dress(below, '', 'steps', 'angle (°)')
     return figure
 
-# %% ../nbs/07b_panels.ipynb #07b10038
+# %% ../nbs/07b_panels.ipynb #07b10042
 class WalkPlayer(FigurePanel):
     "The reader hides a goal and an angle, and sees a trained memory find them."
 
@@ -500,14 +515,14 @@ class WalkPlayer(FigurePanel):
                                     replace(self.env, seed=game), cut)
         return walk_figure(task, traj, states, self.read)
 
-# %% ../nbs/07b_panels.ipynb #07b10042
+# %% ../nbs/07b_panels.ipynb #07b10046
 @lru_cache(maxsize=None)
 def source_mark() -> str:
     "A fingerprint of the library's source code, as it is when first asked."
     files = sorted(Path(ssm_metarl.__file__).parent.glob('*.py'))
     return hashlib.sha256(b''.join(path.read_bytes() for path in files)).hexdigest()
 
-# %% ../nbs/07b_panels.ipynb #07b10043
+# %% ../nbs/07b_panels.ipynb #07b10047
 def remembered(
     path: Path, # file for the result; use only files that you have written yourself
     make: Callable, # computes it

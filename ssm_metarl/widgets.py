@@ -9,6 +9,7 @@ __all__ = ['SCALE', 'UNPACK', 'DRAW', 'CURVE', 'SEEN', 'RENDER', 'INPUT', 'PAINT
            'goal_player', 'knobs']
 
 # %% ../nbs/07a_widgets.ipynb #07a10003
+import atexit
 import base64
 import json
 import math
@@ -41,6 +42,12 @@ class LatestOnly:
                  failed: Callable = None): # (error) of a wish that was not outdated
         self.work, self.failed = work, failed
         self.newest, self.one_at_a_time = 0, threading.Lock()
+        atexit.register(self.stop)  # a thread must not outlive Python
+
+    def stop(self):
+        "Let the work end, and wait for that, but not for ever."
+        self.newest += 1
+        if self.one_at_a_time.acquire(timeout=5): self.one_at_a_time.release()
 
     def ask(self,
             *wish, # arguments of the work
