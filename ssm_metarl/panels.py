@@ -325,15 +325,14 @@ class ReadOut:
             wanted: np.ndarray, # [M, T, k]
             mask: np.ndarray = None, # bool [M, T]: real steps; None: all
            ) -> 'ReadOut':
-        "The best ones for these trials. Where few trials still go on, those of the step before."
+        "The best ones for these trials; nan where too few of them still go on."
         mask = np.ones(states.shape[:2], bool) if mask is None else mask
-        enough, weights = min(len(states), 4 * states.shape[-1]), []
-        for x, y, real in zip(*(array.swapaxes(0, 1) for array in (states, wanted, mask))):
-            if real.sum() >= enough or not weights:
-                X = np.c_[x[real], np.ones(real.sum())]
-                fitted = np.linalg.lstsq(X, y[real], rcond=None)[0]
-            weights.append(fitted)
-        return cls(np.stack(weights), states[mask].std(0) + 1e-9)
+        enough = min(len(states), 2 * states.shape[-1] + 2)
+        weights = np.full((states.shape[1], states.shape[2] + 1, wanted.shape[2]), np.nan)
+        for t in np.flatnonzero(mask.sum(0) >= enough):
+            x, y = states[mask[:, t], t], wanted[mask[:, t], t]
+            weights[t] = np.linalg.lstsq(np.c_[x, np.ones(len(x))], y, rcond=None)[0]
+        return cls(weights, states[mask].std(0) + 1e-9)
 
     def __call__(self,
                  states: np.ndarray, # from the first step on, [..., t, S]
@@ -346,7 +345,7 @@ class ReadOut:
                   states: np.ndarray, # of other trials, [M, T, S]
                   wanted: np.ndarray, # [M, T, k]
                   mask: np.ndarray = None, # bool [M, T]: real steps; None: all
-                 ) -> np.ndarray: # [T, k], at least 0
+                 ) -> np.ndarray: # [T, k], at least 0, or nan
         "Share of the variance over trials that they explain: 1 - squared error / variance."
         mask = np.ones(states.shape[:2], bool) if mask is None else mask
         weight = mask[..., None] / np.maximum(mask.sum(0), 1)[:, None]  # [M, T, 1]
