@@ -169,7 +169,7 @@ def resume_state(
         return replace(c, meta=meta, adapt=AdaptConfig())
     if what_matters(old) == what_matters(config): return state
     raise CheckpointError(f'{checkpoint} comes from a run with other settings; give the same '
-                          'ones, or another --ckpt-dir, or leave out --resume')
+                          'ones, or another folder, or leave out --resume (resume=True)')
 
 # %% ../nbs/08b_training.ipynb #08b10023
 def set_aside(
@@ -207,12 +207,14 @@ def log_until(
     log = read_log(folder)
     if odd := [line for line in log if not _is_line(line)]:
         raise CheckpointError(f'{Path(folder) / "train.jsonl"} has a line that does not describe a '
-                              f'step: {odd[0]!r:.60}; delete it, or start anew without --resume')
+                              f'step: {odd[0]!r:.60}; delete it, or start anew without '
+                              '--resume (resume=True)')
     lines = [line for line in log if line['step'] < steps]
     found = [-1, *(line['step'] for line in lines), steps]
     if all(later - step in (1, 2) for step, later in pairwise(found)): return lines
     raise CheckpointError(f'{Path(folder) / "train.jsonl"} does not hold the {steps} steps of the '
-                          'checkpoint beside it; restore it, or start anew without --resume')
+                          'checkpoint beside it; restore it, or start anew without --resume '
+                          '(resume=True)')
 
 # %% ../nbs/08b_training.ipynb #08b10027
 def validation_scores(
