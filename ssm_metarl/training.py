@@ -424,7 +424,9 @@ def train(
             run = Run(config, folder, schedule, device, resume)
         first = rank() == 0  # of several processes, one speaks and writes
         if run.over and run.resumed and first:
-            _tell(f'{folder} holds {run.done} outer steps already; nothing is left to do')
+            asked = config.meta.outer_steps
+            _tell(f'{folder} holds {run.done} outer steps already ({asked} were asked for); '
+                  'nothing is left to do')
         writer = _events(run) if schedule.tensorboard and first else None
         try:
             with Stops() as stops, progress_bar(run, progress and first) as bar:
