@@ -62,7 +62,7 @@ def curve_figure(
     figure = new_figure()
     ax = plot_training(history, references, ax=figure.subplots())
     ax.set_xlim(-.02 * total, 1.02 * total)
-    ax.set_title('')
+    ax.set_title('', loc='left')
     return figure
 
 # %% ../nbs/07b_panels.ipynb #07b10010
@@ -80,13 +80,19 @@ class LiveCurve:
         self.image = W.Image(format='png', layout=W.Layout(width='100%', max_width='640px'))
         self.box = W.VBox([W.HBox([self.bar, self.note]), self.image])
         self.drawn, self.over = 0, threading.Event()
+        self.show()
+
+    def show(self, figure=None): # matplotlib's; None: nothing
+        "Put a figure into the box, or leave no trace of the one before."
+        self.image.value = b'' if figure is None else png_of(figure)
+        self.image.layout.display = 'none' if figure is None else None
 
     def update(self) -> list: # lines of the log
         "Read the log, and draw it if it has grown."
         history = read_lines(self.folder / 'train.jsonl')[:self.total]
         self.bar.max, self.bar.value = self.total, len(history)
         if history and len(history) != self.drawn:
-            self.image.value = png_of(curve_figure(history, self.total, self.references))
+            self.show(curve_figure(history, self.total, self.references))
         self.drawn = len(history)
         return history
 
@@ -196,7 +202,8 @@ class ControlPanel:
 
     def _chosen(self):  # show what there is of it
         self.curve.folder, self.curve.total, self.curve.drawn = self.here, self.job.outer_steps, 0
-        self.curve.image.value, self.table.value = b'', ''
+        self.curve.show()
+        self.table.value = ''
         self._say(f'{len(self.curve.update())} of {self.job.outer_steps} outer steps are done')
         self._enable(False)
 
@@ -218,7 +225,8 @@ class ControlPanel:
         words = dict(Train=self.job.train(self.here), Evaluate=['eval', *checkpoint],
                      Adapt=['adapt', *checkpoint, '--adapt-steps', self.steps])[name]
         self.table.value = ''
-        if name != 'Train': self.curve.image.value, self.curve.drawn = b'', 0
+        self.curve.show()
+        self.curve.drawn = 0
         self._say(f'{name.lower()}: Python starts \u2026')
         self.command = CommandLine(*words)
         self._enable(True)
@@ -254,7 +262,7 @@ class ControlPanel:
             return self._say(f'all {len(self.curve.update())} outer steps are done')
         self._say(f'{name.lower()}: done, {self.episodes} held-out tasks')
         self.table.value = _score_table(result)
-        if name == 'Adapt': self.curve.image.value = png_of(steps_figure(result))
+        if name == 'Adapt': self.curve.show(steps_figure(result))
 
     def _repr_mimebundle_(self, **options):
         if has_kernel(): return self.box._repr_mimebundle_(**options)
@@ -420,7 +428,7 @@ class BanditPlayer(FigurePanel):
                 for i, p in enumerate(chance)}
         super().__init__(self.picture, arms | dict(
             game=W.IntSlider(0, 0, 50, description='game'),
-            cut=W.Checkbox(False, description='cut the memory before every pull')))
+            cut=W.Checkbox(False, description='cut the memory before every pull', indent=False)))
 
     def picture(self, game, cut, **arms):
         "The figure for these chances."
@@ -505,7 +513,7 @@ class WalkPlayer(FigurePanel):
             y=W.FloatSlider(goal[1], description='goal, y', **row),
             angle=W.FloatSlider(angle, min=-180, max=180, step=15, description='angle (°)'),
             game=W.IntSlider(0, 0, 50, description='walk'),
-            cut=W.Checkbox(False, description='cut the memory before every step')))
+            cut=W.Checkbox(False, description='cut the memory before every step', indent=False)))
 
     def picture(self, x, y, angle, game, cut):
         "The figure for this task."

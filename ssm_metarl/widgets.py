@@ -431,6 +431,7 @@ class GoalCanvas:
             facts=grid.facts(), points=grid.points.tobytes(), goal=list(goal), step=3, steps=steps,
             low=grid.low)
         self.latest = LatestOnly(self._adapt, self._failed)
+        self.widget = self.view
         self.view.observe(lambda change: self.ask(), 'asked')
 
     def ask(self) -> threading.Thread: # that does it
@@ -542,7 +543,7 @@ class FigurePanel:
         self.image = W.Image(format='png', layout=W.Layout(width='100%', max_width='640px'))
         self.latest = LatestOnly(self._work, self._failed)
         for control in controls.values(): control.observe(lambda change: self.ask(), 'value')
-        self.box = W.VBox([*controls.values(), self.note, self.image])
+        self.widget = W.VBox([*controls.values(), self.note, self.image])
         self.image.value = png_of(draw(**self.values))
 
     @property
@@ -569,7 +570,7 @@ class FigurePanel:
         self.image.remove_class('ssm-old')
 
     def _repr_mimebundle_(self, **options):
-        if has_kernel(): return self.box._repr_mimebundle_(**options)
+        if has_kernel(): return self.widget._repr_mimebundle_(**options)
         return {'image/png': bytes(self.image.value), 'text/plain': 'a figure with controls'}
 
 # %% ../nbs/07a_widgets.ipynb #07a10061
@@ -646,7 +647,7 @@ GAUSSIAN_STRATEGIES = 'none', 'norm', 'tent', 'kl_anchor' # that do not need dis
 def knobs(
     player: GoalCanvas | GoalSliders, # that adapts
 ): # ipywidget
-    "Controls for how a player adapts; a wrong value is said in one line."
+    "Controls for how a player adapts, above it; a wrong value is said in one line."
     import ipywidgets as W
     usual, wide = player.usual, dict(style={'description_width': '150px'}, continuous_update=False,
                                      layout=W.Layout(width='430px'))
@@ -664,11 +665,12 @@ def knobs(
                             description='strategy', style=wide['style']),
         turn=W.FloatSlider(0, min=-180, max=180, step=15, description='hidden rotation (°)',
                            **wide),
-        rollback=W.Checkbox(usual.rollback, description='take back steps that did worse'))
+        rollback=W.Checkbox(usual.rollback, description='take back steps that did worse',
+                            indent=False))
     said = W.HTML()
     for control in controls.values():
         control.observe(lambda change: _turn_knobs(player, controls, said), 'value')
-    return W.VBox([*controls.values(), said])
+    return W.VBox([*controls.values(), said, player.widget])
 
 
 def _turn_knobs(player, controls, said):

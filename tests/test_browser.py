@@ -70,7 +70,7 @@ class Hand:
     "What a reader does, in a browser."
 
     def __init__(self, driver, shots): self.driver, self.shots, self.count = driver, shots, 0
-    def js(self, script, *args): return self.driver.execute_script(script, *args)
+    def js(self, script, *args): return self.driver.execute_script(f'const panel = window.jupyterapp && [...jupyterapp.shell.widgets("main")][0]; {script}', *args)
     def find(self, css): return self.driver.find_elements('css selector', css)
 
     def shot(self, name):
@@ -79,20 +79,21 @@ class Hand:
             self.driver.save_screenshot(str(Path(self.shots) / f'{self.count}_{name}.png'))
 
     def run_all(self):
+        self.js('jupyterapp.shell.activateById(panel.id)')
         return self.driver.execute_async_script('const done = arguments[0]; jupyterapp.commands.execute("notebook:run-all-cells").then(() => done(true), e => done(String(e)))')
 
     def errors(self):
         "Errors among the outputs, and text of widgets that could not be shown."
-        return self.js('''return [...jupyterapp.shell.currentWidget.content.model.cells].flatMap(cell => cell.type !== 'code' ? [] :
+        return self.js('''return [...panel.content.model.cells].flatMap(cell => cell.type !== 'code' ? [] :
             Array.from({length: cell.outputs.length}, (_, i) => cell.outputs.get(i)).filter(o => o.type === 'error').map(o => cell.sharedModel.source.slice(0, 80)))
             .concat(document.body.innerText.match(/Error displaying widget.*/g) || [])''')
 
     def go_to(self, source, css):
         "Scroll to the cell that begins with some source (the notebook keeps only what is near the window), and give its elements."
-        index = self.js('return [...jupyterapp.shell.currentWidget.content.model.cells].findIndex(cell => cell.type === "code" && cell.sharedModel.source.includes(arguments[0]))', source)
+        index = self.js('return [...panel.content.model.cells].findIndex(cell => cell.type === "code" && cell.sharedModel.source.includes(arguments[0]))', source)
         assert index >= 0, f'no cell contains {source!r}'
         def there():
-            self.js('jupyterapp.shell.currentWidget.content.scrollToItem(arguments[0], "start")', index)
+            self.js('panel.content.scrollToItem(arguments[0], "start")', index)
             return self.js('return [...document.querySelectorAll(".jp-Cell")].filter(c => +c.dataset.windowedListIndex === arguments[0]).flatMap(c => [...c.querySelectorAll(arguments[1])])', index, css)
         return until(there, f'{css} of the cell with {source!r}', 30)
 
@@ -112,7 +113,7 @@ def hand(lab):
             driver.set_script_timeout(300)
             hand = Hand(driver, os.environ.get('SSM_METARL_SHOTS'))
             driver.get(f'{lab}/lab/tree/09_train_eval_adapt.ipynb')
-            until(lambda: hand.js('return window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel?.status === "idle"'), 'a notebook with a kernel')
+            until(lambda: hand.js('return panel?.sessionContext?.session?.kernel?.status === "idle"'), 'a notebook with a kernel')
             assert hand.run_all() is True
             yield hand
         finally: driver.quit()
@@ -143,7 +144,7 @@ def test_the_goal_is_dragged_and_the_policy_adapts_to_it(hand):
     canvas = hand.go_to('player = goal_player', '.goal-canvas')[0]
     hand.shot('canvas')
     known = int(hand.js('return jupyterapp && arguments[0].querySelector("input[type=range]").max', canvas))
-    star = hand.find('.goal-canvas .map')[0]
+    star = hand.go_to('player = goal_player', '.map')[0]
     watched(hand, canvas)
     before = hand.data(canvas)
     assert before['source'] == 'grid'
@@ -167,14 +168,13 @@ def test_the_slider_of_the_steps_asks_nobody(hand):
     canvas = hand.go_to('player = goal_player', '.goal-canvas')[0]
     until(lambda: hand.data(canvas)['source'] == 'live', 'a live result', 60)
     watched(hand, canvas)
-    minus, plus = hand.find('.goal-canvas button')[1:3]
+    pause, minus, plus = hand.go_to('player = goal_player', '.goal-canvas button')
     first = hand.data(canvas)['step']
     (plus if first == '0' else minus).click()
     until(lambda: hand.data(canvas)['step'] != first, 'another step', 10)
     took = delay(hand, f's.step !== "{first}"')
     print(f'\nanother number of steps is shown after {took:.3f} s')
     assert took < 5
-    pause = hand.find('.goal-canvas button')[0]
     pause.click()
     assert pause.text == 'Play'
 
@@ -182,15 +182,14 @@ def test_the_slider_of_the_steps_asks_nobody(hand):
 def test_a_knob_hides_the_grid_and_the_policy_adapts_anew(hand):
     box = hand.go_to('knobs(player)', 'input[type=checkbox]')[0]
     box.click()
-    hand.shot('knobs')
-    canvas = hand.go_to('player = goal_player', '.goal-canvas')[0]
+    canvas = hand.go_to('knobs(player)', '.goal-canvas')[0]  # the same canvas, once more
     until(lambda: (d := hand.data(canvas))['source'] == 'live' and d['text'] == 'adapted to this goal', 'an adaptation without rollback', 60)
+    hand.shot('knobs')
     hand.go_to('knobs(player)', 'input[type=checkbox]')[0].click()
 
 
 def test_the_bandits_memory_is_cut(hand):
-    hand.go_to('bandit_player = ', 'input[type=checkbox]')
-    image = hand.find('.jp-OutputArea img.widget-image')[0]
+    image = hand.go_to('bandit_player = ', 'img')[0]
     old = image.get_attribute('src')
     hand.shot('bandit')
     hand.go_to('bandit_player = ', 'input[type=checkbox]')[0].click()
