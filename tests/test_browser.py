@@ -119,7 +119,7 @@ def hand(lab):
         finally: driver.quit()
 
 
-def test_all_cells_run_and_all_widgets_show(hand):
+def all_widgets_show(hand):
     assert hand.errors() == []
     for source, css in (('player = goal_player', '.goal-canvas'), ('knobs(player)', '.jupyter-widgets'), ('bandit_player = ', '.jupyter-widgets img'), ('panel = ', '.jupyter-widgets button')):
         assert hand.go_to(source, css)
@@ -139,7 +139,7 @@ def delay(hand, condition):
     return hand.js(f'const found = window.seen.find(s => s.at >= window.began && ({condition})); return found && (found.at - window.began) / 1000')
 
 
-def test_the_goal_is_dragged_and_the_policy_adapts_to_it(hand):
+def the_goal_is_dragged(hand):
     from selenium.webdriver.common.action_chains import ActionChains
     canvas = hand.go_to('player = goal_player', '.goal-canvas')[0]
     hand.shot('canvas')
@@ -164,7 +164,7 @@ def test_the_goal_is_dragged_and_the_policy_adapts_to_it(hand):
     assert step < 20
 
 
-def test_the_slider_of_the_steps_asks_nobody(hand):
+def the_slider_asks_nobody(hand):
     canvas = hand.go_to('player = goal_player', '.goal-canvas')[0]
     until(lambda: hand.data(canvas)['source'] == 'live', 'a live result', 60)
     watched(hand, canvas)
@@ -179,7 +179,7 @@ def test_the_slider_of_the_steps_asks_nobody(hand):
     assert pause.text == 'Play'
 
 
-def test_a_knob_hides_the_grid_and_the_policy_adapts_anew(hand):
+def a_knob_adapts_anew(hand):
     box = hand.go_to('knobs(player)', 'input[type=checkbox]')[0]
     box.click()
     canvas = hand.go_to('knobs(player)', '.goal-canvas')[0]  # the same canvas, once more
@@ -188,7 +188,7 @@ def test_a_knob_hides_the_grid_and_the_policy_adapts_anew(hand):
     hand.go_to('knobs(player)', 'input[type=checkbox]')[0].click()
 
 
-def test_the_bandits_memory_is_cut(hand):
+def the_memory_is_cut(hand):
     image = hand.go_to('bandit_player = ', 'img')[0]
     old = image.get_attribute('src')
     hand.shot('bandit')
@@ -197,7 +197,7 @@ def test_the_bandits_memory_is_cut(hand):
     hand.shot('bandit_cut')
 
 
-def test_a_training_is_started_watched_and_stopped(hand):
+def a_training_is_watched_and_stopped(hand):
     def button(name): return next(b for b in hand.go_to('panel = ', 'button') if b.text == name)
     def text(): return '\n'.join(x.text for x in hand.go_to('panel = ', '.widget-html'))
     assert not button('Stop').is_enabled() and not button('Evaluate').is_enabled()
@@ -216,3 +216,7 @@ def test_a_training_is_started_watched_and_stopped(hand):
     until(lambda: 'knows the task' in text(), 'an evaluation', 60)
     hand.shot('evaluated')
     assert hand.errors() == []
+
+
+def test_the_final_notebook_in_a_browser(hand):  # one test: the steps build on each other, and starting a browser for each would take minutes
+    for step in (all_widgets_show, the_goal_is_dragged, the_slider_asks_nobody, a_knob_adapts_anew, the_memory_is_cut, a_training_is_watched_and_stopped): step(hand)
