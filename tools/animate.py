@@ -73,7 +73,7 @@ def main():
             time.sleep(1)
             frames = record(driver)
         finally: driver.quit()
-    palette = frames[-1].quantize(32)
+    palette = frames[-1].quantize(64, method=Image.Quantize.FASTOCTREE)
     frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     frames[0].save(IMAGES / 'drag.gif', save_all=True, append_images=frames[1:], duration=int(1000 * FRAME), loop=0, optimize=True)
     for name in ('goals.npz', 'drag.gif'): print(IMAGES / name, f'{(IMAGES / name).stat().st_size / 1000:.0f} kB')
