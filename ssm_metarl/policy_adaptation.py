@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SOURCE_STREAMS', 'FALSE_ALARMS', 'AdaptingPolicies', 'AdaptationResult', 'adapt_policy', 'calibrate_on_source',
-           'watch_stream', 'online_advantages', 'online_step', 'reward_fell', 'online_episode']
+           'watch_stream', 'online_advantages', 'online_step', 'reward_fell', 'piece_weight', 'online_episode']
 
 # %% ../nbs/06b_policy_adaptation.ipynb #06b00004
 import sys
@@ -102,11 +102,12 @@ class AdaptingPolicies:
 
     def go_on(self,
               share: Tensor, # of a step, what the search has left of it, [M]
+              seen: np.ndarray, # environment steps of the experience before, [M]
              ) -> Trajectories: # [M, 1, T]
         "Play the evaluation episodes and adapt meanwhile."
         return online_episode(self.policy, self.adapter, self.tasks, self.env, self.meta,
-                              self.config, self.deterministic, self.inner_lr, self.start,
-                              share)
+                              self.config, share, torch.as_tensor(seen).to(share),
+                              self.deterministic, self.inner_lr, self.start)
 
 # %% ../nbs/06b_policy_adaptation.ipynb #06a20050
 @dataclass
@@ -226,7 +227,9 @@ def adapt_policy(
             support = choose_trajectories(fell, support, fresh)
             share, started = next_share(share, fell, started, config.later_scale)
             record.add(fell)
-    if config.online: record.after = record.count(policies.go_on(share))
+    if config.online:
+        seen = record.env_steps * bool(config.steps)  # a gate looks, and learns nothing
+        record.after = record.count(policies.go_on(share, seen))
     return record.result()
 
 # %% ../nbs/06b_policy_adaptation.ipynb #06b00019
@@ -305,6 +308,16 @@ def reward_fell(
     now, before = (masked_mean(reward[:, s, None], mask[:, s, None]) for s in pieces)
     return (now < before) & mask[:, pieces[0]].any(1) & mask[:, pieces[1]].any(1)
 
+# %% ../nbs/06b_policy_adaptation.ipynb #06b00055
+def piece_weight(
+    interval: int, # environment steps of a piece
+    played: int, # environment steps of the episode so far, with the newest piece
+    seen: Tensor, # environment steps of the experience before the episode, [M]
+    largest: float, # bound on the weight
+) -> Tensor: # [M]
+    "Weight of the newest piece in a running average of all that was seen (Robbins, Monro, 1951)."
+    return (interval / (seen + played)).clamp(max=largest)
+
 # %% ../nbs/06b_policy_adaptation.ipynb #06a20065
 def online_episode(
     policy: SSMMetaPolicy, # functional form
@@ -313,25 +326,25 @@ def online_episode(
     env: EnvConfig, # family, T, seed
     meta: MetaConfig, # the inner loss that was meta-trained
     config: AdaptConfig, # how often, how far, and whether updates may be undone
+    share: Tensor, # of a step, what a search before has left of it, [M]
+    seen: Tensor, # environment steps of the experience before, [M]
     deterministic: bool = False, # most likely actions
     inner_lr: float | dict = None, # of the learner, as for `adaptation_functions`
     start: int = 0, # global index of the first task
-    share: Tensor = None, # of a step, what a search before has left of it, [M]; None: all
 ) -> Trajectories: # the evaluation episodes, [M, 1, T]
     "Play the evaluation episodes and go on adapting meanwhile; undo updates that hurt."
     episode = Rollout(policy, tasks, replace(env, num_envs=1), 'evaluation', start=start,
                       deterministic=deterministic)
-    traj, earlier = episode.run(adapter.params, min(config.online_interval, env.trial_length)), None
-    most = torch.full((len(tasks),), config.online_scale, device=traj.reward.device)
-    if share is not None: most = most * share
-    share = most
+    interval, size, earlier = config.online_interval, share, None
+    traj = episode.run(adapter.params, min(interval, env.trial_length))
     while left := env.trial_length - traj.reward.shape[-1]:
         if config.rollback and earlier is not None:
-            fell = reward_fell(traj, config.online_interval)
+            fell = reward_fell(traj, interval)
             adapter.take_back(earlier, fell)
-            share = torch.where(fell, share / 2, torch.minimum(1.5 * share, most))
-        earlier = adapter.snapshot()
-        online_step(policy, adapter, traj, meta, config, share, inner_lr)
+            size = torch.where(fell, size / 2, 1.5 * size)
+        weight = piece_weight(interval, traj.reward.shape[-1], seen, config.online_scale)
+        size, earlier = size.minimum(share * weight), adapter.snapshot()
+        online_step(policy, adapter, traj, meta, config, size, inner_lr)
         episode.recompute_memory(adapter.params, traj)
-        traj = episode.run(adapter.params, min(config.online_interval, left))
+        traj = episode.run(adapter.params, min(interval, left))
     return traj

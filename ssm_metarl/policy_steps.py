@@ -53,7 +53,7 @@ class AdaptConfig:
     trajectories: int = 0 # support trajectories per step; 0: as many as in training
     online: bool = False # go on adapting while the evaluated episode runs
     online_interval: int = 10 # environment steps between two online updates; with `online` only
-    online_scale: float = 0.1 # size of an online update, as a share of a step; with `online` only
+    online_scale: float = 0.3 # largest online update, as a share of a step; with `online` only
     optimizer: str = 'sgd' # the rule that was meta-trained; or any name of `AdaptationConfig`
     strategy: str = 'none' # a registered adaptation strategy
     entropy_weight: float = 0.01 # of the entropy, for strategies that use it, such as 'tent'
@@ -68,6 +68,8 @@ class AdaptConfig:
         plain_numbers(self)
         check_fields(self)
         self._check_ranges()
+        if not self.online and self.online_scale == .1:  # the default in earlier checkpoints
+            object.__setattr__(self, 'online_scale', type(self).online_scale)
         for name in ('online_interval', 'online_scale') if not self.online else ():
             self._refuse_unless_default(name, 'online=False')
         if not self.rollback: self._refuse_unless_default('tolerance', 'rollback=False')

@@ -12,7 +12,7 @@ from ssm_metarl.evaluation import evaluation_trajectories
 from ssm_metarl.inner_loop import stack
 from ssm_metarl.meta_learner import MetaConfig, inner_step
 from ssm_metarl.policy import PolicyConfig, SSMMetaPolicy
-from ssm_metarl.policy_adaptation import AdaptingPolicies, adapt_policy, online_advantages, reward_fell
+from ssm_metarl.policy_adaptation import AdaptingPolicies, adapt_policy, online_advantages, piece_weight, reward_fell
 from ssm_metarl.policy_steps import AdaptConfig, choose_trajectories, did_worse, next_share
 from ssm_metarl.rollout import collect, policy_inputs
 
@@ -210,23 +210,52 @@ def test_online_advantages_by_a_loop():
     assert not found[~new].any()
 
 
-def test_an_online_update_has_a_size_of_its_own_that_is_halved_where_it_hurt(monkeypatch):
+def spy_on_scales(monkeypatch):  # -> list, to which each step of an adapter adds its scales
     from ssm_metarl import adapter
-    scales, fallen, old = [], [], adapter.Adapter.adapt
+    scales, old = [], adapter.Adapter.adapt
 
     def spy(self, *args, scale=None, **kw):
         scales.append(scale.tolist())
         return old(self, *args, scale=scale, **kw)
     monkeypatch.setattr(adapter.Adapter, 'adapt', spy)
-    result = adapt(make_policy(), AdaptConfig(steps=0, online=True, online_interval=2, online_scale=.25, lr=.05))
-    reward, share = result.after.reward[:, 0].double(), np.full(4, .25)
-    for t, seen in zip(range(2, 8, 2), scales, strict=True):
-        if t > 2:
-            fell = (reward[:, t - 2:t].mean(1) < reward[:, t - 4:t - 2].mean(1)).numpy()
-            share = np.where(fell, share / 2, np.minimum(1.5 * share, .25))
-            fallen.append(fell)
-        np.testing.assert_allclose(seen, share)
-    assert 0 < np.mean(fallen) < 1
+    return scales
+
+
+@pytest.mark.parametrize('largest', [.25, .6, 1.])
+def test_an_online_update_is_the_share_of_its_piece_and_halved_where_it_hurt(monkeypatch, largest):
+    scales, fallen = spy_on_scales(monkeypatch), []
+    result = adapt(make_policy(), AdaptConfig(steps=0, online=True, online_interval=2, online_scale=largest, lr=.05))
+    reward, size = result.after.reward[:, 0].double(), np.ones(4)
+    for k, found in enumerate(scales, 1):  # pieces of 2 steps, of 2 k so far
+        if k > 1:
+            now, before = (reward[:, 2 * j - 2:2 * j].mean(1) for j in (k, k - 1))
+            fallen.append((now < before).numpy())
+            size = np.where(fallen[-1], size / 2, 1.5 * size)
+        size = np.minimum(size, min(largest, 1 / k))
+        np.testing.assert_allclose(found, size, rtol=1e-6)
+    assert len(scales) == 3 and 0 < np.mean(fallen) < 1
+
+
+def test_what_a_search_has_seen_makes_online_updates_short(monkeypatch):
+    scales, search = spy_on_scales(monkeypatch), 3 * 3 * 8  # two steps need three batches of 3 trajectories of 8 steps
+    config = AdaptConfig(steps=2, online=True, online_interval=4, online_scale=1., lr=.05)
+    kept = adapt(make_policy(), config).kept
+    share = .5**(~kept).sum(0)
+    np.testing.assert_allclose(scales[-1], share * 4 / (search + 4), rtol=1e-6)
+    scales.clear()
+    adapt(make_policy(), AdaptConfig(steps=0, gate=True, online=True, online_interval=4, online_scale=1., lr=.05))
+    assert scales[-1] == [1.] * 4  # the gate looked at a batch, and nothing was learned from it
+
+
+def test_the_weight_of_a_piece_is_that_in_a_running_average():
+    x, mean = np.random.default_rng(0).normal(size=20), 0.
+    for k in range(1, 21): mean += piece_weight(10, 10 * k, torch.zeros(1), 1.).item() * (x[k - 1] - mean)
+    assert mean == pytest.approx(x.mean(), abs=1e-6)
+    assert piece_weight(10, 10, torch.tensor([0., 10., 90.]), .3).tolist() == pytest.approx([.3, .3, .1])
+
+
+def test_checkpoints_of_an_earlier_default_can_be_read():
+    assert AdaptConfig(online_scale=.1) == AdaptConfig() and AdaptConfig(online=True, online_scale=.1).online_scale == .1
 
 
 def test_an_online_update_that_hurt_is_undone(monkeypatch):

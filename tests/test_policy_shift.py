@@ -9,7 +9,7 @@ import scipy.stats
 import torch
 from torch.func import jacrev, vmap
 
-from ssm_metarl.calibration import HYPOTHESES, CalibrationBank, Gate, calibrate, compare_modes, kalman_update, play_calibrated, shift_scores
+from ssm_metarl.calibration import HYPOTHESES, CalibrationBank, Gate, alarm_scores, calibrate, compare_modes, kalman_update, play_calibrated, shift_scores
 from ssm_metarl.envs import sample_tasks
 from ssm_metarl.policy_shift import CART_POLE, SHIFTS, ForwardModel, Prior, Shift, Streams, collect_source, episode_length, play, train_forward
 from ssm_metarl.studies import shift_table
@@ -35,7 +35,7 @@ def source():
     "A controller with its forward model and calibration."
     with torch.random.fork_rng(): data = collect_source(Balancer(), sample_tasks(CART_POLE, 64), 150, seed=1)
     model, prior = train_forward(data, steps=1500)
-    return model, prior, calibrate(Balancer(), model, prior, sample_tasks(CART_POLE, 100, 'validation'), T=300)
+    return model, prior, calibrate(Balancer(), model, prior, sample_tasks(CART_POLE, 150, 'validation'), T=300)
 
 
 def random_model(seed=1):
@@ -221,7 +221,7 @@ def test_last_observation_and_first_one():
 
 def test_measurement_of_a_seed():
     "All shifts and modes, in plain values, and the same ones a second time."
-    measure = lambda: shift_scores(3, n=1, validation=100, T=30, steps=20, train=lambda seed: Balancer())
+    measure = lambda: shift_scores(3, n=1, validation=150, T=30, steps=20, train=lambda seed: Balancer())
     rows = measure()
     assert [(row['shift'], row['mode']) for row in rows] == [(shift, mode) for shift in SHIFTS for mode in Gate.modes]
     for row in rows:
@@ -268,3 +268,16 @@ def test_what_the_table_has_to_show(table):
     assert gated['none']['rung'] <= scipy.stats.binom.ppf(.999, 80, .05) / 80
     for shift, row in gated.items():
         if 'bias' in shift or 'reversed' in shift: assert row['rung'] > .95, shift
+
+
+def test_alarm_hears_a_world_that_its_filter_explains(source):
+    "Motors with a thirtieth of the force: no prediction needs to be wrong, but the carts hardly move."
+    model, prior, calibration = source
+    tasks = sample_tasks(CART_POLE, 8, 'held_out')
+    bank = CalibrationBank(model, prior, 8, calibration.q)
+    gate = Gate(bank, calibration, ['gated'] * 8)
+    play_calibrated(Balancer(), bank, Streams(tasks, [Shift(field='force', factor=1 / 30)] * 8, 1), 200, gate)
+    ratio = (alarm_scores(bank)['changes'] / calibration.thresholds['changes']).amax(1)
+    assert (ratio > 1).all() and gate.rung.all()
+    expected = 2 * np.log(1 / 30)  # of squares
+    assert bank.evidence.change_sizes[:, 1].median() < expected / 2
