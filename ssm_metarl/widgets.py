@@ -505,7 +505,7 @@ class GoalPage:
         return PAGE % dict(style=STYLE, points=points, state=json.dumps(self.state),
                            script=canvas_script())
 
-# %% ../nbs/07a_widgets.ipynb #07a10057
+# %% ../nbs/07a_widgets.ipynb #07a10058
 def png_of(
     figure, # matplotlib's
 ) -> bytes: # of a PNG file
@@ -514,7 +514,7 @@ def png_of(
     figure.savefig(file, format='png')
     return file.getvalue()
 
-# %% ../nbs/07a_widgets.ipynb #07a10058
+# %% ../nbs/07a_widgets.ipynb #07a10059
 def new_figure(
     width: float = 6., # inches
     height: float = 3., # inches
@@ -526,7 +526,7 @@ def new_figure(
         def _repr_png_(self): return png_of(self)  # for notebooks
     return Shown((width, height), dpi=dpi, layout='constrained')
 
-# %% ../nbs/07a_widgets.ipynb #07a10059
+# %% ../nbs/07a_widgets.ipynb #07a10060
 FADE = '<style>img.ssm-old {opacity: .25; transition: opacity .2s .3s}</style>'
 
 
@@ -573,7 +573,7 @@ class FigurePanel:
         if has_kernel(): return self.widget._repr_mimebundle_(**options)
         return {'image/png': bytes(self.image.value), 'text/plain': 'a figure with controls'}
 
-# %% ../nbs/07a_widgets.ipynb #07a10061
+# %% ../nbs/07a_widgets.ipynb #07a10062
 def _draw_walks(ax, grid, goal, step):  # paths to one goal of a grid, before and after some steps
     ax.plot(*grid.path(goal, 0).T, color=COLOURS['before'], lw=1, label='before')
     if step: ax.plot(*grid.path(goal, step).T, color=COLOURS['after'], lw=1.4, label='after')
@@ -600,7 +600,7 @@ def goal_figure(
     dress(right, '', 'gradient steps', 'return of the episode')
     return figure
 
-# %% ../nbs/07a_widgets.ipynb #07a10064
+# %% ../nbs/07a_widgets.ipynb #07a10065
 class GoalSliders(FigurePanel):
     "As `GoalCanvas`, with sliders instead of a map."
 
@@ -631,7 +631,7 @@ class GoalSliders(FigurePanel):
                                                 self.adapt, keep_paths=True)
         return goal_figure(self.known[1], step)
 
-# %% ../nbs/07a_widgets.ipynb #07a10065
+# %% ../nbs/07a_widgets.ipynb #07a10066
 def goal_player(
     *about, # policy, params, env, meta, adapt, grid: as for `GoalCanvas`
     **options, # steps, goal
@@ -640,7 +640,7 @@ def goal_player(
     try: return GoalCanvas(*about, **options)
     except ImportError: return GoalSliders(*about, **options)
 
-# %% ../nbs/07a_widgets.ipynb #07a10068
+# %% ../nbs/07a_widgets.ipynb #07a10069
 GAUSSIAN_STRATEGIES = 'none', 'norm', 'tent', 'kl_anchor' # that do not need discrete actions
 
 
