@@ -491,6 +491,7 @@ def walk_figure(
     angle = np.degrees(np.arctan2(guess[:, 3], guess[:, 2]))
     below.plot(time, angle, '.', color=COLOURS['before'], ms=4)
     below.set(ylim=(-190, 190), yticks=(-180, 0, 180), xlim=(.5, n + .5))
+    for ax in (top, below): ax.xaxis.get_major_locator().set_params(integer=True)
     dress(below, '', 'steps', 'angle (°)')
     return figure
 
