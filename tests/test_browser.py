@@ -1,6 +1,6 @@
 """The final notebook in a real browser: JupyterLab, Run All, then a hand that drags, slides and presses. Skipped where there is no Chromium.
 
-SSM_METARL_SHOTS=FOLDER keeps screenshots, which people should look at.
+SSM_METARL_SHOTS=FOLDER keeps screenshots, which people should look at. SSM_METARL_FULL=1 tries the full size, with what nbs/checkpoints holds (for times; run the notebook first).
 """
 import os
 import shutil
@@ -20,6 +20,8 @@ DRIVER = shutil.which('chromedriver')
 FLAGS = ('--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync '
          '--window-size=1400,1500').split()
 SETTINGS = {'apputils-extension/notification': '{"fetchNews": "false", "checkForUpdates": false}', 'docmanager-extension/plugin': '{"autosave": false}'}
+
+FULL = bool(os.environ.get('SSM_METARL_FULL'))
 
 pytestmark = pytest.mark.skipif(not (BROWSER and DRIVER), reason='no chromium and chromedriver on the PATH: the final notebook is not tried in a browser')
 
@@ -42,12 +44,12 @@ def lab():
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         shutil.copy(ROOT / 'nbs/09_train_eval_adapt.ipynb', home)
-        for name in ('trained', 'images'): shutil.copytree(ROOT / 'nbs' / name, home / name)
+        for name in ('trained', 'images', *(['checkpoints'] if FULL else [])): shutil.copytree(ROOT / 'nbs' / name, home / name)
         for name, text in SETTINGS.items():
             path = home / 'settings/@jupyterlab' / f'{name}.jupyterlab-settings'
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
-        env = os.environ | dict(IN_TEST='1', OMP_NUM_THREADS='1', JUPYTERLAB_SETTINGS_DIR=str(home / 'settings'), JUPYTERLAB_WORKSPACES_DIR=str(home / 'workspaces'),
+        env = os.environ | ({} if FULL else dict(IN_TEST='1')) | dict(OMP_NUM_THREADS='1', JUPYTERLAB_SETTINGS_DIR=str(home / 'settings'), JUPYTERLAB_WORKSPACES_DIR=str(home / 'workspaces'),
                                 PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')])))
         env.pop('MPLBACKEND', None)
         with open(home / 'lab.log', 'w') as log:
