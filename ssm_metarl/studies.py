@@ -25,6 +25,12 @@ from .policy_shift import SHIFTS
 from .training import provenance
 
 # %% ../nbs/08d_studies.ipynb #08s0007
+def _study_command(name, seeds):  # from the first seed to the last one
+    first, last = min(seeds, default=0), max(seeds, default=0)
+    beginning = f' --first-seed {first}' if first else ''
+    return f'ssm-metarl experiment {name} --seeds {last - first + 1}{beginning}'
+
+
 @dataclass(frozen=True)
 class Study:
     "An experiment that trains no policy. `run_experiment` calls `run`."
@@ -76,7 +82,7 @@ class Study:
         rows = [self._read(folder / 'rows', self.variants[i], seed) for i, seed in keys]
         table = self.tabulate([row for row in rows if row])
         results = dict(experiment=name, version=__version__, settings=self.settings,
-                       command=f'ssm-metarl experiment {name}', table=table,
+                       command=_study_command(name, [seed for _, seed in keys]), table=table,
                        provenance=[row['provenance'] for row in rows if row])
         write_text_whole(folder / 'results.json', to_json(results, indent=1) + '\n')
         self._save(table, folder / 'results.png')

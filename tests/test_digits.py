@@ -1,4 +1,5 @@
 "The experiment on digits: what was measured keeps its promises, and a study runs like an experiment."
+import copy
 import json
 import sys
 from pathlib import Path
@@ -6,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from ssm_metarl.adapter import AdaptationConfig, create_adapter
 from ssm_metarl.cli import main
-from ssm_metarl.digits import DIGIT_GRID, DIGIT_SETTINGS, DigitNet, StreamGate, digits_data, corrupted, predict_stream, stream_order, train_digits
+from ssm_metarl.digits import DIGIT_GRID, DIGIT_SETTINGS, DigitNet, StreamGate, corrupted, digit_adapter, digits_data, predict_stream, stream_order, train_digits
 from ssm_metarl.experiments import EXPERIMENTS, register_experiment, run_experiment
 from ssm_metarl.studies import Study, digits_table
 
@@ -18,8 +20,13 @@ STEPPING = ('tent', 'eata', 'sar', 'kl_anchor')
 
 
 @pytest.fixture(scope='module')
-def table():
-    rows = json.loads((RESULTS / 'digits.json').read_text(encoding='utf-8'))['table']
+def measured(): return [json.loads(path.read_text(encoding='utf-8')) for path in sorted((RESULTS / 'rows' / 'digits').glob('*.json'))]
+
+
+@pytest.fixture(scope='module', params=['committed', 'seeds that the gate was not designed on'])
+def table(request, measured):
+    if request.param == 'committed': rows = json.loads((RESULTS / 'digits.json').read_text(encoding='utf-8'))['table']
+    else: rows = digits_table([m for m in measured if m['seed'] >= 5])
     return {(row['variant'], row['protocol'], row['strategy'], row['mode']): row for row in rows}
 
 
@@ -44,21 +51,23 @@ def test_prototypes_repair_a_part_and_need_a_reset(table):
 def test_prototypes_help_on_top_of_batch_statistics(table): assert table['BatchNorm', 'reset', 't3a+norm', 'free']['difference_ci95'][1] < 0
 
 
-def test_the_gate_keeps_sorted_labels_from_harm(table):
-    for variant, settings in DIGIT_SETTINGS.items():
-        source = table[variant, 'sorted', 'none', 'free']['errors']
-        for name in set(settings) - {'none'}:
-            gated = table[variant, 'sorted', name, 'gated']['errors']
-            assert max(gated[world] - source[world] for world in source) <= 2
-    clean = table['BatchNorm', 'sorted', 'tent', 'free']['errors']['clean']
-    assert clean > table['BatchNorm', 'sorted', 'none', 'free']['errors']['clean'] + 10
+def test_the_gate_keeps_sorted_labels_from_harm(measured):
+    "In each world and with each seed; without the gate most of these streams end at least ten points below the source."
+    harmed = []
+    for m in measured:
+        error = {(row['strategy'], row['mode']): row['errors'] for row in m['rows'] if row['protocol'] == 'sorted'}
+        for name in set(DIGIT_SETTINGS[m['variant']]) - {'none'}:
+            for world, source in error['none', 'free'].items():
+                assert error[name, 'gated'][world] <= source + 2, (m['variant'], m['seed'], name, world)
+                if m['variant'] == 'BatchNorm' and name != 't3a': harmed.append(error[name, 'free'][world] >= source + 10)
+    assert np.mean(harmed) > .5
 
 
-def test_committed_table_is_that_of_its_rows(table):
-    measured = [json.loads(path.read_text(encoding='utf-8')) for path in sorted((RESULTS / 'rows' / 'digits').glob('*.json'))]
-    assert [(m['variant'], m['seed']) for m in measured] == [(v, s) for v in ('BatchNorm', 'GroupNorm') for s in range(5)]
-    again = json.loads(json.dumps(digits_table(measured)))
-    assert {row['name']: row for row in again} == {row['name']: row for row in table.values()}
+def test_committed_table_is_that_of_its_rows(measured):
+    results = json.loads((RESULTS / 'digits.json').read_text(encoding='utf-8'))
+    assert [(m['variant'], m['seed']) for m in measured] == [(v, s) for v in ('BatchNorm', 'GroupNorm') for s in range(10)]
+    assert results['table'] == json.loads(json.dumps(digits_table(measured)))
+    assert results['command'] == 'ssm-metarl experiment digits --seeds 10'
     assert all(m['settings'] == json.loads(json.dumps(DIGIT_SETTINGS[m['variant']])) for m in measured)
 
 
@@ -103,6 +112,26 @@ def test_gate_is_closed_for_one_batch_of_many(source):
     assert gate(adapter, 1 - data['stream'][0][64:128]) is None
 
 
+def test_prototypes_are_those_of_the_papers_code(source):
+    "matsuolab/T3A, domainbed/adapt_algorithms.py, on features with batch statistics: take the batch in, keep the surest examples, then predict."
+    (data, model), weight = source, source[1].head.weight.detach()
+    batches = corrupted(data['stream'][0], 'fog', 7).split(64)
+    adapter = digit_adapter(model, 't3a+norm', dict(per_class=20, norm=True), data['train'])
+    predicted, _ = predict_stream(adapter, batches)
+    net, found = copy.deepcopy(model).train(), []
+    kept = [weight, model.head(weight)]  # supports and their logits
+    with torch.no_grad():
+        for batch in batches:
+            z = net.extract_features(batch)
+            kept = [torch.cat(pair) for pair in zip(kept, (z, net.head(z)))]
+            labels, entropy = kept[1].argmax(1), torch.distributions.Categorical(logits=kept[1]).entropy()
+            best = torch.cat([torch.where(labels == k)[0][entropy[labels == k].argsort()[:20]] for k in range(10)])
+            kept, labels = [part[best] for part in kept], labels[best]
+            centres = F.normalize(F.normalize(kept[0], dim=1).T @ F.one_hot(labels, 10).float(), dim=0)
+            found.append((z @ centres).argmax(1))
+    assert torch.equal(predicted, torch.cat(found))
+
+
 def test_missing_scikit_learn(monkeypatch):
     monkeypatch.setitem(sys.modules, 'sklearn.datasets', None)
     with pytest.raises(ImportError, match=r"pip install 'ssm-metarl\[digits\]'"): digits_data(0)
@@ -129,6 +158,7 @@ def test_study_goes_on(study, tmp_path):
     run_experiment('tiny-study', tmp_path, [0], progress=False)
     results = run_experiment('tiny-study', tmp_path, [0, 10], progress=False)
     assert study == [('one', 0), ('three', 0), ('one', 10), ('three', 10)]
+    assert results['command'] == 'ssm-metarl experiment tiny-study --seeds 11'
     assert [row['value'] for row in results['table']] == [3, 13, 5, 15]
     assert json.loads((tmp_path / 'results.json').read_text())['table'] == results['table']
     for damage in ('[]', '{', '{"variant": "one"}'):
