@@ -1,6 +1,7 @@
 """How large may the updates be of a policy that learns while it acts, if it has adapted before, and if it has not?
 
 python benchmarks/online.py FOLDER                train what FOLDER lacks (70 s a policy), and print the rows
+python benchmarks/online.py FOLDER --split held_out  only the rows that are reported
 python benchmarks/online.py FOLDER --json FILE    also write {"tasks", "rows": [{"split", "seeds", "steps", "kind", "size", "gain", "ci95", "worse"}]}
 
 The policies are those of `train --config basic --outer-steps 100 --tasks-per-batch 8 --seed S --ckpt-dir FOLDER/basic_S`. Sizes are compared on validation tasks of seeds 10 to 14, and told on held-out tasks of seeds 0 to 4. A size is constant, or falls with the weight of
@@ -42,11 +43,11 @@ def gains(folder, split, steps, kind, size, tasks):
     return np.stack([(result.after.returns - result.offline.returns)[:, 0].numpy() for result in found])
 
 
-def rows(folder, tasks):
+def rows(folder, tasks, splits):
     "The choice without a search before, on validation tasks; then what it does on held-out ones."
     wanted = [('validation', 0, kind, size) for kind, sizes in SIZES.items() for size in sizes]
     for steps in (0, 5): wanted += [('held_out', steps, 'constant', .1), ('held_out', steps, 'constant', .4), ('held_out', steps, 'falling', .3)]
-    for split, steps, kind, size in wanted:
+    for split, steps, kind, size in (row for row in wanted if row[0] in splits):
         gain = gains(folder, split, steps, kind, size, tasks)
         yield dict(split=split, seeds=list(SPLITS[split]), steps=steps, kind=kind, size=size, gain=float(gain.mean()), ci95=list(nested_interval(gain, np.mean)), worse=float((gain < 0).mean()))
 
@@ -55,11 +56,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folder', type=Path)
     parser.add_argument('--tasks', type=int, default=50)
+    parser.add_argument('--split', nargs='+', choices=list(SPLITS), default=list(SPLITS), help='which rows')
     parser.add_argument('--json', type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
     found = []
-    for row in rows(args.folder, args.tasks):
+    for row in rows(args.folder, args.tasks, args.split):
         found.append(row)
         print(f"{row['split']:10} after {row['steps']} steps, {row['kind']:8} {row['size']:3}: {row['gain']:+.2f} [{row['ci95'][0]:+.2f}, {row['ci95'][1]:+.2f}], {row['worse']:.0%} worse", flush=True)
     if args.json: args.json.write_text(json.dumps(dict(tasks=args.tasks, rows=found), indent=1) + '\n')

@@ -334,7 +334,8 @@ class TabularMDP(Family):
         if m.shape != (S, A) or P.shape != (S, A, S): return False
         return bool(np.isfinite(m).all() and self.are_chances(P).all())
 
-    def are_chances(self, P): return (P >= 0) & (abs(P.sum(-1, keepdims=True) - 1) < 1e-4)
+    def are_chances(self, P):  # where rows of P are distributions
+        return (P >= 0) & (abs(P.sum(-1, keepdims=True) - 1) < 1e-4)
 
     def prepare(self, tasks):
         P = tasks['transition'].astype(float)

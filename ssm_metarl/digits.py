@@ -117,7 +117,7 @@ class DigitNet(nn.Module):
         "What the last layer sees."
         return self.body(x).mean((2, 3))
 
-    def forward(self, x):
+    def forward(self, x):  # logits of the ten digits, and the features
         features = self.extract_features(x)
         return dict(logits=self.head(features), features=features)
 

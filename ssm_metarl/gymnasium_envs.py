@@ -42,11 +42,11 @@ class TaskWrapper(gym.Wrapper):
         self.current = task
         self.family.apply(self.env, task)
 
-    def reset(self, **kwargs):
+    def reset(self, **kwargs):  # begin an episode of the current task
         (self.last, _), self.ends = self.env.reset(**kwargs), {}
         return self.last, {}
 
-    def step(self, action):
+    def step(self, action):  # after the end of an episode nothing moves
         if self.ends: return self.last, 0., False, False, self.ends
         self.last, reward, terminated, truncated, info = self.env.step(action)
         if terminated or truncated:
@@ -148,7 +148,7 @@ class GymnasiumBatch(EnvBatch):
         frames = self._call('call', 'render')
         return [frames[i] for i in rows]
 
-    def close_extras(self, **kwargs):
+    def close_extras(self, **kwargs):  # the processes of the environments, when the batch closes
         self.leave.detach()
         self.envs.close(**kwargs)
 

@@ -554,6 +554,7 @@ class TrustRegionStep:
         return self.policy.functional(params, inputs, reset=query.memory_reset), extra
 
     def loss_and_kl(self, names, support, query, advantage, scale, reached, steps, *gain):
+        "Loss of the adapted policies, and their divergence from before: functions of parameters."
         with torch.no_grad(): before, _ = self.act_after({}, support, query, steps, gain)
 
         def evaluate(params):  # of a chunk, for `trust_region`

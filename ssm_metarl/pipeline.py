@@ -77,6 +77,8 @@ def evaluate_with_adaptation(
     device: str = 'cpu', # where to compute
     progress: bool = False, # show a bar on stderr
     split: str = None, # of the tasks, see `TaskDistribution`; None: that for tests
+    on_step: Callable = None, # (k, AdaptationResult so far), as for `adapt_policy`
+    keep_paths: bool = False, # keep the evaluation episodes of all steps, as `paths`
     **changes, # other fields of AdaptConfig, such as lr or strategy
 ) -> AdaptationResult: # `.summary()` gives plain numbers
     "Return before and after adaptation, on the very tasks and noise that `evaluate` uses."
@@ -88,7 +90,7 @@ def evaluate_with_adaptation(
     tasks = sample_tasks(config.env, episodes, split or config.env.tasks.test_split)
     params = {k: v.detach() for k, v in learner.params.items()}
     return adapt_policy(learner.policy, params, tasks, config.env, config.meta, adapt,
-                        deterministic, progress, learner.inner_lr)
+                        deterministic, progress, learner.inner_lr, on_step, keep_paths)
 
 # %% ../nbs/08c_pipeline.ipynb #08010019
 class Player:

@@ -19,6 +19,12 @@ def source(cell): return ''.join(cell['source'])
 def exports(cell): return re.search(r'^#\|\s*exports?\b', source(cell), re.M) is not None
 
 
+def hides_its_source(cell):
+    "Public definitions that a cell exports without showing their code on the site."
+    shown = re.search(r'^#\|\s*exports\b', source(cell), re.M) is not None
+    return [] if shown or not exports(cell) else [node.name for node in definitions(cell) if not node.name.startswith('_')]
+
+
 def imports_mixed_with_code(cell):
     "A cell with an import is run whole by the documentation build, so imports stand alone."
     if not any(re.match(r'\s*(import|from) ', line) for line in source(cell).splitlines()): return False
@@ -140,6 +146,7 @@ def check(root):
                 if output['output_type'] == 'error': say(f'cell {i} stores an error')
                 if 'application/vnd.jupyter.widget' in text: say(f'cell {i} stores a widget view; clear its output')
                 if re.search(r'/(work|tmp|home|root|Users)/', re.sub(r'"image/png": "[^"]*"', '', text)): say(f'cell {i} shows a path of the machine it ran on')
+            if cell['cell_type'] == 'code' and (hidden := hides_its_source(cell)): say(f'cell {i} exports {", ".join(hidden)} with `#| export`; `#| exports` shows the code on the site too')
             if cell['cell_type'] == 'code' and imports_mixed_with_code(cell): say(f'cell {i} mixes imports with code; give the imports a cell of their own')
     for path in notebooks:  # data flows one way: a module imports lower-numbered ones only
         for cell in cells[path]:

@@ -32,8 +32,7 @@ def readme(notebook):
     "The whole README, as text: the notebook's cells, with links turned towards the top folder."
     parts = [text for cell in notebook.cells if (text := cell_as_markdown(cell))]
     text = '<!-- Written by tools/readme.py from nbs/index.ipynb: edit that. -->\n\n' + '\n\n'.join(parts) + '\n'
-    text = re.sub(r'\]\((?!https?:|#|nbs/)([\w./-]+\.(?:ipynb|png|svg|toml|md))', r'](nbs/\1', text)
-    return text.replace('](nbs/../', '](')
+    return re.sub(r'\]\((?!https?:|#|nbs/)([\w./-]+\.\w+)', r'](nbs/\1', text)
 
 
 def broken_links(text):

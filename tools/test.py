@@ -46,7 +46,7 @@ CHECKS = {
     'nbdev_test': lambda: run('nbdev_test', '--n_workers', '2', '--timing'),
     'twice': lambda: run(sys.executable, 'tools/twice.py', '00b_cores', '02a_own_env', '04d_guards', '07_plots'),
     'pytest': lambda: run(sys.executable, '-m', 'pytest', '-q', '-n', '2', '--dist', 'worksteal', 'tests'),
-    'docs': lambda: run(sys.executable, 'tools/preview.py'),
+    'docs': lambda: run(sys.executable, 'tools/preview.py') and run(sys.executable, 'tools/browse.py'),
     'kernel': lambda: in_a_kernel('09_train_eval_adapt'),
 }
 

@@ -1,0 +1,191 @@
+"How the site is made: entries of definitions, links at the foot of notebooks, folding, and the measuring of pages in a browser."
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / 'tools'))
+
+import browse  # noqa: E402
+import check_nbs  # noqa: E402
+import fold  # noqa: E402
+import foot  # noqa: E402
+import preview  # noqa: E402
+import reference  # noqa: E402
+import sidebar  # noqa: E402
+
+from ssm_metarl import compiling, cores, digits, guards, ssm, strategies  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def at_the_top(monkeypatch): monkeypatch.chdir(ROOT)
+
+
+def entry(symbol): return reference.Entry(symbol)._repr_markdown_()
+
+
+def as_in_a_notebook(symbol):
+    "A definition with the same name and docstring, as a page has it that ran its notebook."
+    return type(symbol.__name__, (), {'__doc__': symbol.__doc__, '__module__': '__main__'})
+
+
+def test_an_entry_is_made_from_the_installed_module():
+    text = entry(as_in_a_notebook(ssm.SSMConfig))
+    assert text == entry(ssm.SSMConfig) and '__main__' not in text
+    line = int(text.split('/ssm_metarl/ssm.py#L')[1].split('"')[0])
+    assert 'dataclass' in (ROOT / 'ssm_metarl/ssm.py').read_text().splitlines()[line - 1]
+
+
+def test_names_that_two_modules_share_are_told_apart():
+    def copy(function):
+        def split(): pass
+        split.__doc__ = function.__doc__
+        return split
+    assert '/guards.py#L' in entry(copy(guards.split)) and '/compiling.py#L' in entry(copy(compiling.split))
+
+
+def test_an_entry_lists_public_methods_and_what_is_inherited():
+    text = entry(strategies.Tent)
+    assert [part.split('"')[0] for part in text.split('id="')[1:]] == ['tent.context', 'tent.own_loss', 'tent.post_loss']
+    assert 'From `AdaptationStrategy`: ' in text and '#adaptationstrategy.configure"' in text
+    assert 'args, **kwargs' not in text
+    assert '<code>A_bar</code></a> Diagonal of the discrete state matrix, [P].' in entry(ssm.SSM)  # a property of a private base
+    assert 'What is minimised when the caller has no loss' in text  # the docstring of the method that it overrides
+
+
+def test_fields_and_arguments_keep_their_comments():
+    text = entry(ssm.SSMConfig)
+    assert '# from LayerConfig\ninput_dim: int # D, features in\nstate_dim: int = 64 # N, real numbers of state' in text
+    assert '# from Core\nconfig: LayerConfig, # input_dim D, state_dim N, output_dim H\nseed: int = 0 # of the initial parameters\n```' in entry(cores.H3)
+    assert all('`' not in block for block in text.split('```python')[1].split('```')[:1])
+
+
+def test_a_comment_beside_the_first_line_describes_a_small_function():
+    def half(x, mark='#'): return x / 2  # -> what is left of `x`
+    def loud(x):  # not this
+        "But this."
+    def silent(x): return '# x'
+    assert [reference.about(f) for f in (half, loud, silent)] == ['what is left of `x`', 'But this.', '']
+    assert reference.description(cores.H3, 'state_dtype') == 'of a state, for parameters of this dtype'  # said of Core's
+    assert not reference.description(digits.DigitNet, '__init__') and 'logits' in reference.description(digits.DigitNet, 'forward')  # not what PyTorch says
+
+
+def test_docstrings_are_no_markdown():
+    given = '|A|^2 in [M, K] costs $5 --now and <b> @x `a * b`, see https://arxiv.org/abs/1703.03400. Half-\nopen'
+    assert reference.as_markdown(given) == r'\|A\|\^2 in [M, K] costs \$5 \--now and \<b> \@x `a * b`, see <https://arxiv.org/abs/1703.03400>. Half-open'
+
+
+def test_the_source_is_folded_once():
+    cell = lambda source, **directives: SimpleNamespace(cell_type='code', source=source, directives_=directives)
+    plain, own, other = cell('def f(): pass', exports=[]), cell('#| code-fold: true\ndef f(): pass', exports=[]), cell('x = 1')
+    imports = cell('import os\nfrom a import b')
+    for each in (plain, own, other, imports): reference.fold_source(each)
+    assert plain.source == '#| code-fold: show\n#| code-summary: "Source"\ndef f(): pass'
+    assert own.source == '#| code-fold: true\ndef f(): pass' and other.source == 'x = 1'
+    assert imports.source == '#| code-fold: true\n#| code-summary: "Imports"\nimport os\nfrom a import b'
+
+
+def test_a_page_without_a_method_is_found():
+    page = preview.Page('<h3 id="tent">Tent</h3><a id="tent.context"></a>')
+    found = [x for x in preview.undescribed({'strategies.html': page}) if x.startswith('strategies.html: ssm_metarl.strategies.Tent')]
+    assert found == [f'strategies.html: ssm_metarl.strategies.Tent.{name} is not on the page' for name in ('own_loss', 'post_loss')]
+
+
+def test_raw_links_in_code_are_found():
+    page = preview.Page('<p>a ](https://x.org)</p><pre><code>def f(x): # see [`g`](https://x.org/g)</code></pre>')
+    assert len(list(preview.links_in_code({'a.html': page}))) == 1
+    assert not list(preview.links_in_code({'a.html': preview.Page('<p>](https://x.org)</p>')}))
+
+
+def test_headings_have_the_identifiers_of_pandoc():
+    html = preview.MarkdownWithMath(renderer=preview.Renderer()).render("## What's `next_one`? A.B\n\n## 2 ways\n\n## 2 ways\n")
+    assert [part.split('"')[0] for part in html.split('id="')[1:]] == ['whats-next_one-a.b', 'ways', 'ways-1']
+
+
+def test_the_sidebar_names_every_notebook_once():
+    files = [file for file, _ in sidebar.links(sidebar.contents())]
+    assert not list(sidebar.unlisted()) and len(files) == len(set(files))
+    assert files[:2] == ['index.ipynb', '00_ssm.ipynb']
+
+
+def test_a_foot_is_written_once_and_kept_true():
+    lines = dict(foot.feet())
+    assert lines['01_policy.ipynb'].startswith('Previous: [00 State space models](00_ssm.ipynb) · Next: [02 ')
+    assert 'index.ipynb' not in lines and 'Next:' not in list(lines.values())[-1]
+    text = 'Further reading\n\n- a book'
+    once = foot.with_foot(text, lines['01_policy.ipynb'])
+    assert once == f'{text}\n\n{lines["01_policy.ipynb"]}' and foot.with_foot(once, lines['01_policy.ipynb']) == once
+    assert foot.with_foot(once, lines['02_envs.ipynb']) == f'{text}\n\n{lines["02_envs.ipynb"]}'
+    assert foot.with_foot(foot.with_foot(text, list(lines.values())[-1]), 'x') == f'{text}\n\nx'
+    notebook = new_notebook(cells=[new_markdown_cell('first'), new_markdown_cell(text), new_code_cell('1')])
+    line = lines['02_envs.ipynb']
+    assert foot.put(notebook, line) and not foot.put(notebook, line) and notebook.cells[0].source == 'first'
+
+
+def test_imports_and_folded_cells_are_folded_in_jupyterlab():
+    sources = {'import os\nfrom x import y': True, '#| export\nimport os': True, '#| code-fold: true\n#| code-summary: "Tests"\nassert True': True, 'import os\nprint(1)': False,
+               '#| code-fold: show\nx = 1': False, '#| hide\nassert True': True, '#| echo: false\nx': True, '%matplotlib inline': False, '# import os': False}
+    notebook = new_notebook(cells=[new_code_cell(source) for source in sources])
+    notebook.cells[3].metadata['jupyter'] = {'outputs_hidden': True}
+    assert fold.fold(notebook) and not fold.fold(notebook)
+    assert [cell.metadata.get('jupyter') == {'source_hidden': True} for cell in notebook.cells] == list(sources.values())
+    assert 'jupyter' not in notebook.cells[3].metadata
+
+
+def test_nbdev_clean_keeps_the_folding(tmp_path):
+    from nbdev.clean import _nbdev_clean
+    notebook = nbformat.from_dict({'cells': [new_code_cell('import os')], 'metadata': {}, 'nbformat': 4, 'nbformat_minor': 5})
+    fold.fold(notebook)
+    notebook.cells[0].metadata['tags'] = ['x']
+    _nbdev_clean(notebook)
+    assert notebook.cells[0].metadata == {'jupyter': {'source_hidden': True}}
+
+
+def test_a_public_definition_shows_its_source():
+    cell = lambda source: {'source': [source], 'cell_type': 'code'}
+    assert check_nbs.hides_its_source(cell('#| export\ndef f(): pass\ndef _g(): pass')) == ['f']
+    for fine in ('#| exports\ndef f(): pass', '#| export\nN = 3', '#| export\ndef _f(): pass', 'def f(): pass'): assert not check_nbs.hides_its_source(cell(fine))
+
+
+needs_browser = pytest.mark.skipif(bool(browse.browser_missing()), reason=f'{browse.browser_missing()} is not installed here')
+WIDE, PAGE = 'x' * 300, '<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width"><link rel="stylesheet" href="styles.css"><main>{}</main>'
+
+
+@needs_browser
+def test_the_browser_finds_what_is_wide_or_cut_off(tmp_path):
+    (tmp_path / 'styles.css').write_text((ROOT / 'nbs/styles.css').read_text())
+    pages = {
+        'good': f'<pre>{WIDE}</pre><table><tr><td>{"<div style=width:600px>wide</div>"}</td></tr></table><p>see <code>{WIDE}</code></p><p>short</p>',
+        'wide': '<div style="width:700px">wide</div>',
+        'cut': f'<pre style="overflow-x:hidden">{WIDE}</pre>',
+        'folded': f'<details><summary>Code</summary><pre style="overflow-x:hidden">{WIDE}</pre></details>',
+        'no_picture': '<img src="nowhere.png">',
+    }
+    for name, body in pages.items(): (tmp_path / f'{name}.html').write_text(PAGE.format(body))
+    with browse.browser() as driver: found = {name: ' '.join(browse.faults(driver, tmp_path / f'{name}.html')) for name in pages}
+    assert found['good'] == ''
+    assert 'at 390 px (phone): the page is' in found['wide'] and 'at 1200 px' not in found['wide']
+    assert 'cut off: <pre>' in found['cut'] and 'cut off: <pre>' in found['folded'] and 'no picture at nowhere.png' in found['no_picture']
+
+
+def test_home_needs_no_clone(tmp_path, monkeypatch):
+    "On Colab there is no benchmarks/results beside the notebook: the files come from the repository's address."
+    cells = [cell.source for cell in nbformat.read(ROOT / 'nbs/index.ipynb', 4).cells if cell.cell_type == 'code']
+    asked, space = [], {}
+    monkeypatch.chdir(tmp_path)
+    for source in cells[1:3]: exec(source, space)  # imports, and what the tables need
+
+    def from_github(address):
+        asked.append(address)
+        return open(ROOT / address.removeprefix('https://raw.githubusercontent.com/ssm-metarl/ssm-metarl/main/'))
+    space['urlopen'] = from_github
+    tables = [source for source in cells if 'measured(' in source and 'def measured' not in source and 'EnvBatch' not in source]
+    space['mdps'] = space['measured']('mdp-10')['table']
+    for source in tables: exec(source, space)
+    assert len(asked) == 6 and asked[1].endswith('/main/benchmarks/results/basic.json')
+    read = [source for source in cells if 'benchmarks' in source and 'def measured' not in source]
+    assert not read and "find_spec('ssm_metarl') is None" in cells[0] and 'git+https://github.com/ssm-metarl/ssm-metarl' in cells[0]
