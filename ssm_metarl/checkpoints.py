@@ -131,8 +131,8 @@ def make_learner(
     if state is None: return learner
     try: learner.load_state_dict(state)
     except (ValueError, KeyError) as error:
-        raise _misfit(source, 'does not fit the config; leave out --config to use its own '
-                              f'({error})') from None
+        raise _misfit(source, 'does not fit the config; leave out --config (config=None) to '
+                              f'use its own ({error})') from None
     return learner
 
 # %% ../nbs/08a_checkpoints.ipynb #08a10027

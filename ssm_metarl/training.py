@@ -169,7 +169,7 @@ def resume_state(
         return replace(c, meta=meta, adapt=AdaptConfig())
     if what_matters(old) == what_matters(config): return state
     raise CheckpointError(f'{checkpoint} comes from a run with other settings; give the same '
-                          'ones, or another --ckpt-dir, or leave out --resume')
+                          'ones, or another folder, or leave out --resume (resume=True)')
 
 # %% ../nbs/08b_training.ipynb #08b10023
 def set_aside(
@@ -207,12 +207,14 @@ def log_until(
     log = read_log(folder)
     if odd := [line for line in log if not _is_line(line)]:
         raise CheckpointError(f'{Path(folder) / "train.jsonl"} has a line that does not describe a '
-                              f'step: {odd[0]!r:.60}; delete it, or start anew without --resume')
+                              f'step: {odd[0]!r:.60}; delete it, or start anew without '
+                              '--resume (resume=True)')
     lines = [line for line in log if line['step'] < steps]
     found = [-1, *(line['step'] for line in lines), steps]
     if all(later - step in (1, 2) for step, later in pairwise(found)): return lines
     raise CheckpointError(f'{Path(folder) / "train.jsonl"} does not hold the {steps} steps of the '
-                          'checkpoint beside it; restore it, or start anew without --resume')
+                          'checkpoint beside it; restore it, or start anew without --resume '
+                          '(resume=True)')
 
 # %% ../nbs/08b_training.ipynb #08b10027
 def validation_scores(
@@ -422,7 +424,9 @@ def train(
             run = Run(config, folder, schedule, device, resume)
         first = rank() == 0  # of several processes, one speaks and writes
         if run.over and run.resumed and first:
-            _tell(f'{folder} holds {run.done} outer steps already; nothing is left to do')
+            asked = config.meta.outer_steps
+            _tell(f'{folder} holds {run.done} outer steps already ({asked} were asked for); '
+                  'nothing is left to do')
         writer = _events(run) if schedule.tensorboard and first else None
         try:
             with Stops() as stops, progress_bar(run, progress and first) as bar:
