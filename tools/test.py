@@ -43,6 +43,7 @@ CHECKS = {
     'clean': lambda: leaves_unchanged('nbs', '*.ipynb', 'nbdev_clean'),
     'export': lambda: leaves_unchanged('ssm_metarl', '*.py', 'nbdev_export'),
     'readme': lambda: run(sys.executable, 'tools/readme.py', '--check'),
+    'feet': lambda: run(sys.executable, 'tools/foot.py', '--check') and run(sys.executable, 'tools/fold.py', '--check'),
     'nbdev_test': lambda: run('nbdev_test', '--n_workers', '2', '--timing'),
     'twice': lambda: run(sys.executable, 'tools/twice.py', '00b_cores', '02a_own_env', '04d_guards', '07_plots'),
     'pytest': lambda: run(sys.executable, '-m', 'pytest', '-q', '-n', '2', '--dist', 'worksteal', 'tests'),
