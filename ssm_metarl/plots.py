@@ -172,7 +172,7 @@ def plot_training(
         _draw_validation(ax, history, key, label=label, color=COLOURS[name])
     draw_references(ax, references)
     legend_above(ax)
-    found = f'{number(y[0])} → {number(y[-window:].mean())}'
+    found = f'{number(y[:window].mean())} → {number(y[-window:].mean())}'
     return dress(ax, f'Return after adaptation: {found}', 'outer step',
                  f'return (bold: mean of {window} steps)')
 

@@ -44,7 +44,8 @@ def lab():
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         shutil.copy(ROOT / 'nbs/09_train_eval_adapt.ipynb', home)
-        for name in ('trained', 'images', *(['checkpoints'] if FULL else [])): shutil.copytree(ROOT / 'nbs' / name, home / name)
+        kept = ROOT / 'nbs/checkpoints'  # of earlier runs; a fresh clone has none
+        for name in ('trained', 'images', *(['checkpoints'] if FULL and kept.exists() else [])): shutil.copytree(ROOT / 'nbs' / name, home / name)
         for name, text in SETTINGS.items():
             path = home / 'settings/@jupyterlab' / f'{name}.jupyterlab-settings'
             path.parent.mkdir(parents=True, exist_ok=True)
