@@ -72,7 +72,10 @@ def lab():
 class Hand:
     "What a reader does, in a browser."
 
-    def __init__(self, driver, shots): self.driver, self.shots, self.count = driver, shots, 0
+    def __init__(self, driver, shots):
+        self.driver, self.shots, self.count = driver, shots, 0
+        if shots: Path(shots).mkdir(parents=True, exist_ok=True)
+
     def js(self, script, *args): return self.driver.execute_script(f'const panel = window.jupyterapp && [...jupyterapp.shell.widgets("main")][0]; {script}', *args)
     def find(self, css): return self.driver.find_elements('css selector', css)
 
