@@ -31,7 +31,8 @@ import torch
 import ssm_metarl
 from .envs import EnvConfig
 from .files import read_lines
-from .plots import COLOURS, dress, draw_references, plot_training
+from .plots import draw_references, plot_training
+from .style import COLOURS, dress
 from .policy import SSMMetaPolicy
 from .rollout import Rollout, Trajectories
 from .widgets import FigurePanel, has_kernel, new_figure, png_of

@@ -21,7 +21,7 @@ from .digits import CORRUPTIONS, DIGIT_SETTINGS, MODES, PROTOCOLS, digit_errors
 from .evaluation import interval_over, iqm, nested_interval
 from .experiments import EXPERIMENTS, register_experiment, show_interval, with_intervals
 from .files import as_saved, to_json, writable_folder, write_text_whole
-from .plots import COLOURS, SERIES, dress, pyplot
+from .style import COLOURS, SERIES, dress, pyplot
 from .policy_shift import SHIFTS
 from .shift_strategies import SHIFT_VARIANTS, STREAM_STRATEGIES
 from .training import provenance

@@ -24,7 +24,7 @@ import numpy as np
 
 from .envs import EnvConfig
 from .meta_learner import MetaConfig
-from .plots import COLOURS, dress
+from .style import COLOURS, dress
 from .policy import SSMMetaPolicy
 from .policy_adaptation import AdaptationResult, adapt_policy
 from .policy_steps import AdaptConfig

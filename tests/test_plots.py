@@ -12,10 +12,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ssm_metarl.envs import EnvConfig, sample_tasks
-from ssm_metarl.plots import (COLOURS, REFERENCES, SERIES, Animation, LinePanel, PathPanel, Stage, StatePanel, animate, colour_map, memory_states, paths_of,
-                              plot_experiment, plot_runs, plot_seeds, plot_state, plot_training, results_table, running_mean)
+from ssm_metarl.plots import (Animation, LinePanel, PathPanel, Stage, StatePanel, animate, memory_states, paths_of, plot_experiment, plot_runs, plot_seeds,
+                              plot_state, plot_training, results_table, running_mean)
 from ssm_metarl.policy import PolicyConfig, SSMMetaPolicy
 from ssm_metarl.rollout import collect
+from ssm_metarl.style import COLOURS, REFERENCES, SERIES, colour_map
 
 RESULTS = Path(__file__).parent.parent / 'benchmarks' / 'results'
 ENV = EnvConfig('MetaGymToy-v0', num_envs=2, time_limit=6)

@@ -14,7 +14,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.animation import FuncAnimation, PillowWriter  # noqa: E402
 
 from ssm_metarl.pipeline import evaluate_with_adaptation  # noqa: E402
-from ssm_metarl.plots import COLOURS  # noqa: E402
+from ssm_metarl.style import COLOURS  # noqa: E402
 
 TARGET, EVERY, REST = 'nbs/images/adaptation.gif', 4, 12  # steps of a walk for each frame; frames at the end that stand still
 

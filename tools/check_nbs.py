@@ -1,14 +1,16 @@
 "Rules for the notebooks that nbdev does not check. Run from the top of the repository; prints each breach, exits 1 if there is one."
 import ast
+import base64
 import json
 import re
+import struct
 import sys
 from configparser import ConfigParser
 from pathlib import Path
 
-MAX_CELLS, MAX_BYTES, MAX_COLUMNS, MAX_LINES, MAX_CLASS, MAX_METHOD, MIN_DPI = 80, 1_500_000, 100, 60, 100, 15, 144
+MAX_CELLS, MAX_BYTES, MAX_COLUMNS, MAX_LINES, MAX_CLASS, MAX_METHOD, WIDEST, HIGHEST = 80, 1_500_000, 100, 60, 100, 15, 580, 340  # of a figure: 6 x 3.5 inches with its margin, at 96 pixels an inch
 NO_MODULE = {'index', '03c_meta_gradient', '08f_plugins', '08g_results', '09_train_eval_adapt'}
-NO_LECTURE = {'index', '00_files', '00_registry', '04e_lending', '04f_weights', '04g_guarded_learner', '04h_hooks', '08_config', '08a_checkpoints', '08c_pipeline', '08d_studies', '08e_command_line', '08f_plugins', '08g_results', '09_train_eval_adapt'}  # no idea is taught there, so nothing is drawn and no exercise given
+NO_LECTURE = {'index', '00_files', '00_registry', '00_style', '04e_lending', '04f_weights', '04g_guarded_learner', '04h_hooks', '08_config', '08a_checkpoints', '08c_pipeline', '08d_studies', '08e_command_line', '08f_plugins', '08g_results', '09_train_eval_adapt'}  # no idea is taught there, so nothing is drawn and no exercise given
 NOT_YET = {path.split('.')[0] for path in Path(__file__).with_name('not_yet.txt').read_text().split()}  # notebooks that are still to be rebuilt
 HAND_MADE = {'__init__.py', '__main__.py', '_modidx.py'}
 
@@ -57,7 +59,7 @@ def installed(root, *extras):
     settings.read(root / 'settings.ini', encoding='utf-8')
     wanted = (settings['DEFAULT'][key].split() for key in ('requirements', *(f'{extra}_requirements' for extra in extras)))
     names = {re.split(r'[\[<>=]', requirement)[0] for group in wanted for requirement in group}
-    return {{'scikit-learn': 'sklearn', 'pillow': 'PIL'}.get(name, name).replace('-', '_') for name in names} | {settings['DEFAULT']['lib_name']}
+    return {{'scikit-learn': 'sklearn', 'pillow': 'PIL'}.get(name, name).replace('-', '_') for name in names} | ({'IPython', 'cycler'} if 'notebook' in extras else set()) | {settings['DEFAULT']['lib_name']}
 
 
 def definitions(cell):
@@ -98,13 +100,22 @@ def is_figure(cell):
     return drawn and re.search(r'^#\|\s*fig-alt:\s*\S', source(cell), re.M) is not None
 
 
+def figures(cell):
+    "What is wrong with the look of the figures of a cell (nbs/00_style.ipynb)."
+    drawn = [output for output in cell.get('outputs', []) if 'image/png' in output.get('data', {}) and ''.join(output['data'].get('text/plain', '')).startswith('<Figure')]
+    for output in drawn:
+        width, height = (output['metadata'].get('image/png', {}).get(side, 0) for side in ('width', 'height'))
+        if struct.unpack('>I', base64.b64decode(output['data']['image/png'])[16:20])[0] < 2 * width or not width: yield 'stores a figure without double resolution; call `use_style()` in the set-up cell'
+        if width > WIDEST or height > HIGHEST: yield f'stores a figure of {width} x {height} pixels; at most {WIDEST} x {HIGHEST}, which is 6 x 3.5 inches'
+    if drawn and 'subplots(' in source(cell) and not re.search(r'dress\(|title', source(cell)): yield 'draws a figure without a title; use `dress`'
+    if (drawn or 'ax.' in source(cell)) and (own := re.findall(r"\bcmap='\w+'|\bcolor='(?!none|white)[^']*'|'C\d'|'tab:\w+'|'#[0-9A-Fa-f]{6}'|plt\.cm\.\w+", source(cell))): yield f'draws with {", ".join(sorted(set(own)))}; take `COLOURS`, `SERIES` or `colour_map()` of the module `style`'
+
+
 def lecture(cells):
     "What a notebook that teaches an idea lacks."
     if (n := sum(map(is_figure, cells))) < 2: yield f'{n} figures with alt text (`#| fig-alt:`); two are needed'
     for i, cell in enumerate(cells):
         if any(kind.startswith('image/') for output in cell.get('outputs', []) for kind in output.get('data', {})) and not is_figure(cell): yield f'cell {i} draws a figure without `#| fig-alt:`'
-        for dpi in re.findall(r"figure\.dpi'\]\s*=\s*(\d+)", source(cell)):
-            if int(dpi) < MIN_DPI: yield f'cell {i} draws at {dpi} dpi; at least {MIN_DPI}'
     parts, inside = [], False
     for cell in cells:
         if cell['cell_type'] == 'markdown' and (headings := re.findall(r'^## .*', source(cell), re.M)): inside = headings[-1].startswith('## Exercises') or inside and len(headings) == 0
@@ -133,6 +144,7 @@ def check(root):
         if path.stem not in NOT_YET:
             problems += [f'{path.name}: cell 0 {x}' for x in title(cells[path][0])]
             problems += [f'{path.name}: cell {i} {x}' for i, c in enumerate(cells[path]) if c['cell_type'] == 'code' for x in long_code(c)]
+            if path.stem != '00_style': problems += [f'{path.name}: cell {i} {x}' for i, c in enumerate(cells[path]) if c['cell_type'] == 'code' for x in figures(c)]
             if path.stem not in NO_LECTURE: problems += [f'{path.name}: {x}' for x in lecture(cells[path])]
         if len(cells[path]) > (MAX_CELLS if path.stem not in NOT_YET else 90): say(f'{len(cells[path])} cells; at most {MAX_CELLS}, split it by idea')
         if path.stat().st_size > MAX_BYTES: say(f'{path.stat().st_size / 1e3:.0f} kB; at most {MAX_BYTES / 1e3:.0f}, use fewer or smaller figures')
