@@ -251,7 +251,7 @@ def plot_shifts(
         ax.hlines(place, low, high, color=SHIFT_COLOURS[mode], lw=1)
         ax.plot([row['length'] for row in rows], place, 'o', ms=3, color=SHIFT_COLOURS[mode],
                 label=mode)
-    ax.set_yticks(range(len(names)), names)
+    ax.set_yticks(range(len(names)), ['at home' if name == 'none' else name for name in names])
     ax.set_ylim(len(names) - .4, -.6)
     ax.grid(axis='y', color=COLOURS['faint'], lw=.3)
     legend_above(ax)
@@ -362,7 +362,7 @@ def plot_shift_strategies(
     fig, (left, right) = pyplot().subplots(1, 2, figsize=size, layout='constrained')
     _draw_verdicts(left, [row for row in rows if 'verdict' in row], strategies)
     _draw_lengths(right, rows, names)
-    dress(left, 'Shifts made worse or better', 'worse  (shifts)  better', 'strategy')
+    dress(left, 'Verdicts on 18 shifts', 'worse  (shifts)  better', 'strategy')
     dress(right, 'Length of an episode', 'length (steps)', 'shift')
     for ax, place in ((left, 'outside lower left'), (right, 'outside lower right')):
         ax.tick_params(labelsize=7)
