@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 
 from .inner_loop import stack
-from .meta_learner import (EVERYBODY, CompiledStep, MetaConfig, MetaLearner,
-                                     TrustRegionStep, by_steps, in_chunks, inner_step, mean_steps,
-                                     register_learner, returns_variance, support_logp,
-                                     support_terms)
+from .meta_learner import (
+    EVERYBODY, CompiledStep, MetaConfig, MetaLearner, TrustRegionStep, by_steps, in_chunks,
+    inner_step, mean_steps, register_learner, returns_variance, support_logp, support_terms)
 from .policy import SSMMetaPolicy, action_log_prob, entropy
 from .policy_gradient import advantages, policy_surrogate, value_loss
 from .ranks import by_shares, gather_chunks, task_chunks
-from .rollout import (Rollout, Trajectories, collect, discounted_sum, masked_mean,
-                                policy_inputs, require_finite)
+from .rollout import (
+    Rollout, Trajectories, collect, discounted_sum, masked_mean, policy_inputs, require_finite)
 
 # %% ../nbs/04_maml.ipynb #04m10019
 def query_losses(
