@@ -158,7 +158,7 @@ def test_a_foot_is_written_once_and_kept_true():
 
 def test_imports_and_folded_cells_are_folded_in_jupyterlab():
     sources = {'import os\nfrom x import y': True, '#| export\nimport os': True, '#| code-fold: true\n#| code-summary: "Tests"\nassert True': True, 'import os\nprint(1)': False,
-               '#| code-fold: show\nx = 1': False, '#| hide\nassert True': True, '#| echo: false\nx': True, '%matplotlib inline': False, '# import os': False}
+               '#| code-fold: show\nx = 1': False, '#| code-fold: show\nimport os': False, '#| hide\nassert True': True, '#| echo: false\nx': True, '%matplotlib inline': False, '# import os': False}
     notebook = new_notebook(cells=[new_code_cell(source) for source in sources])
     notebook.cells[3].metadata['jupyter'] = {'outputs_hidden': True}
     assert fold.fold(notebook) and not fold.fold(notebook)
