@@ -21,9 +21,9 @@ from .digits import CORRUPTIONS, DIGIT_SETTINGS, MODES, PROTOCOLS, digit_errors
 from .evaluation import interval_over, iqm, nested_interval
 from .experiments import EXPERIMENTS, register_experiment, show_interval, with_intervals
 from .files import as_saved, to_json, writable_folder, write_text_whole
-from .style import COLOURS, SERIES, dress, pyplot
 from .policy_shift import SHIFTS
 from .shift_strategies import SHIFT_VARIANTS, STREAM_STRATEGIES
+from .style import COLOURS, SERIES, draw_on, dress, legend_above, legend_below, pyplot
 from .training import provenance
 
 # %% ../nbs/08d_studies.ipynb #08s0007
@@ -148,7 +148,7 @@ def digits_table(
     return table
 
 # %% ../nbs/08d_studies.ipynb #08s0012
-MODE_COLOURS = dict(free=SERIES[1], guarded=SERIES[0], gated=COLOURS['after'])
+MODE_COLOURS = dict(free=SERIES[1], guarded=SERIES[0], gated=SERIES[2])
 
 
 def _draw_panel(ax, rows, strategies):  # errors with their intervals
@@ -179,9 +179,8 @@ def plot_digits(
                                   layout='constrained')
     for ax, protocol in zip(axes, PROTOCOLS):
         _draw_panel(ax, [row for row in rows if row['protocol'] == protocol], strategies)
-        dress(ax, protocol, '', 'error (%)' if ax is axes[0] else '')
-    handles, labels = axes[0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc='outside upper left', ncols=4, frameon=False, fontsize=9)
+        dress(ax, protocol, 'strategy', 'error (%)' if ax is axes[0] else '')
+    legend_below(axes[0])
     return fig
 
 # %% ../nbs/08d_studies.ipynb #08s0013
@@ -243,7 +242,7 @@ def plot_shifts(
     size: tuple = (6, 3.5), # inches
 ): # matplotlib figure
     "Length of an episode under each shift, in each mode, with intervals."
-    fig, ax = pyplot().subplots(figsize=size, layout='constrained')
+    ax = draw_on(None, size)
     names = [name for name in SHIFTS if any(row['shift'] == name for row in table)]
     for i, mode in enumerate(Gate.modes):
         rows = [row for row in table if row['mode'] == mode]
@@ -252,13 +251,13 @@ def plot_shifts(
         ax.hlines(place, low, high, color=SHIFT_COLOURS[mode], lw=1)
         ax.plot([row['length'] for row in rows], place, 'o', ms=3, color=SHIFT_COLOURS[mode],
                 label=mode)
-    ax.set_yticks(range(len(names)), names)
+    ax.set_yticks(range(len(names)), ['at home' if name == 'none' else name for name in names])
     ax.set_ylim(len(names) - .4, -.6)
     ax.grid(axis='y', color=COLOURS['faint'], lw=.3)
-    dress(ax, '', 'length of an episode (steps)', '').tick_params(axis='y', labelsize=7)
-    handles, labels = ax.get_legend_handles_labels()
-    fig.legend(handles, labels, loc='outside upper left', ncols=3, frameon=False, fontsize=9)
-    return fig
+    legend_above(ax)
+    dress(ax, 'Length of an episode under each shift', 'length of an episode (steps)', 'shift')
+    ax.tick_params(axis='y', labelsize=7)
+    return ax.figure
 
 # %% ../nbs/08d_studies.ipynb #08dsh011
 def _by_strategy(measured):  # (strategy, mode, shift) -> seed -> row; (variant, shift, seed) -> row
@@ -316,7 +315,7 @@ GUARD_COLOURS = dict(unguarded=SERIES[1], guarded=SERIES[0], gated=COLOURS['afte
 # what the right panel compares: strategy and mode -> label and colour
 COMPARED = {('none', 'none'): ('source', COLOURS['before']),
             ('calibration', 'gated'): ('calibration', COLOURS['after']),
-            ('memory', 'unguarded'): ('memory', COLOURS['goal'])}
+            ('memory', 'unguarded'): ('memory', SERIES[2])}
 
 # %% ../nbs/08d_studies.ipynb #08dsh012
 def _draw_verdicts(ax, rows, strategies):  # how many shifts got worse (left) and better (right)
@@ -363,12 +362,13 @@ def plot_shift_strategies(
     fig, (left, right) = pyplot().subplots(1, 2, figsize=size, layout='constrained')
     _draw_verdicts(left, [row for row in rows if 'verdict' in row], strategies)
     _draw_lengths(right, rows, names)
-    dress(left, '', 'worse  (shifts)  better', '').tick_params(labelsize=7)
-    dress(right, '', 'steps in an episode', '').tick_params(labelsize=7)
-    for ax, place in ((left, 'outside upper left'), (right, 'outside upper right')):
+    dress(left, 'Verdicts on 18 shifts', 'worse  (shifts)  better', 'strategy')
+    dress(right, 'Length of an episode', 'length (steps)', 'shift')
+    for ax, place in ((left, 'outside lower left'), (right, 'outside lower right')):
+        ax.tick_params(labelsize=7)
         handles, labels = ax.get_legend_handles_labels()
-        fig.legend(handles, labels, loc=place, ncols=3, frameon=False, fontsize=7,
-                   handlelength=1, columnspacing=1)
+        fig.legend(handles, labels, loc=place, ncols=3, frameon=False, fontsize=8,
+                   handlelength=1, columnspacing=1, labelcolor=COLOURS['ink'])
     return fig
 
 # %% ../nbs/08d_studies.ipynb #08dsh003

@@ -135,8 +135,10 @@ class Schedule:
 def _event_writer():  # the class; ValueError if the package is not there
     try: from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise ValueError("tensorboard=True needs the package 'tensorboard', which is not "
-                         "installed; pip install 'ssm-metarl[tensorboard]'") from None
+        raise ValueError(
+            "tensorboard=True needs the package 'tensorboard', which is not installed; "
+            "pip install 'ssm-metarl[tensorboard] @ git+https://github.com/ssm-metarl/"
+            "ssm-metarl' (in a clone: pip install -e '.[tensorboard]')") from None
     return SummaryWriter
 
 

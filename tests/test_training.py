@@ -741,7 +741,7 @@ def test_tensorboard_shows_what_the_log_says(tmp_path):
 
 def test_without_tensorboard_the_training_does_not_begin(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', None)
-    with pytest.raises(ValueError, match=r"needs the package 'tensorboard', .*ssm-metarl\[tensorboard\]"): train(tiny(3), tmp_path / 'run', tensorboard=True)
+    with pytest.raises(ValueError, match=r"needs the package 'tensorboard', .*ssm-metarl\[tensorboard\] @ git\+https"): train(tiny(3), tmp_path / 'run', tensorboard=True)
     assert not (tmp_path / 'run').exists()
 
 
