@@ -1,9 +1,13 @@
 "What the notebooks on widgets and panels promise where a kernel, or a missing package, is needed."
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
+
+from ssm_metarl.widgets import LatestOnly, mimebundle
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -53,7 +57,7 @@ policy = SSMMetaPolicy(env.family.observation_space, env.family.action_space, Po
 about = policy, policy.get_params(), env, MetaConfig(), AdaptConfig(steps=1)
 grid = PathGrid.of(adapt_policy(*about[:2], grid_of_goals(2), *about[2:], keep_paths=True))
 player = goal_player(*about, grid, steps=2)
-knobs(player).children[2].value = 1.5
+knobs(player).children[3].value = 1.5
 print(type(player).__name__, player.adapt.max_kl, player._repr_mimebundle_()['image/png'][1:4].decode())'''
 
 
@@ -63,3 +67,34 @@ def test_without_anywidget_there_are_sliders(): assert in_a_process(SMALL) == ['
 def test_the_modules_can_be_imported_without_widgets():
     script = "import sys; sys.modules['ipywidgets'] = sys.modules['anywidget'] = None; import ssm_metarl.widgets, ssm_metarl.panels; print('fine')"
     assert in_a_process(script) == ['fine']
+
+
+def test_the_last_wish_is_done_and_an_error_reaches_its_receiver():
+    came, errors, begun = [], [], threading.Event()
+    def work(going_on, wish):
+        begun.set()
+        while wish == 'old': going_on(), time.sleep(.001)  # until it is outdated
+        came.append(wish)
+    job = LatestOnly(work)
+    old = job.ask('old')
+    assert begun.wait(10)
+    job.ask('new').join(10)
+    old.join(10)
+    assert came == ['new'] and not old.is_alive()
+    def fail(going_on): raise ValueError('no such goal')
+    LatestOnly(fail, errors.append).ask().join(10)
+    assert [str(error) for error in errors] == ['no such goal']
+
+
+def test_a_widget_of_ipywidgets_7_is_shown_by_its_model():
+    class Old:  # as in Colab
+        model_id = 'abc'
+        def __repr__(self): return 'a box'
+    view = dict(version_major=2, version_minor=0, model_id='abc')
+    assert mimebundle(Old()) == {'application/vnd.jupyter.widget-view+json': view, 'text/plain': 'a box'}
+
+
+def test_a_widget_of_today_shows_itself():
+    widgets = pytest.importorskip('ipywidgets')
+    button = widgets.Button()
+    assert mimebundle(button)['application/vnd.jupyter.widget-view+json']['model_id'] == button.model_id
