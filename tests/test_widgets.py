@@ -98,3 +98,17 @@ def test_a_widget_of_today_shows_itself():
     widgets = pytest.importorskip('ipywidgets')
     button = widgets.Button()
     assert mimebundle(button)['application/vnd.jupyter.widget-view+json']['model_id'] == button.model_id
+
+
+def test_a_live_curve_becomes_plain_html_at_the_end(kernel, tmp_path):
+    _, client = kernel
+    (tmp_path / 'train.jsonl').write_text('{"step": 0, "pre_return": -9.0, "post_return": -5.0, "wall_s": 1.0}\n')
+    client.execute(f'from ssm_metarl.panels import LiveCurve\nwith LiveCurve({str(tmp_path)!r}, 1): pass')
+    first = last = None
+    while last is None:
+        message = client.get_iopub_msg(timeout=60)
+        assert message['msg_type'] != 'error', message['content']
+        if message['msg_type'] == 'display_data': first = message['content']
+        if message['msg_type'] == 'update_display_data': last = message['content']
+    assert 'application/vnd.jupyter.widget-view+json' in first['data'] and first['transient'] == last['transient']
+    assert last['data']['text/html'].startswith('<p>1 of 1 outer steps are done</p><img ')

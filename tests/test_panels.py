@@ -1,0 +1,95 @@
+"Buttons that are pressed at the wrong moment, and panels whose cell is run again. No process is started here; notebook 07b and test_browser.py do."
+import time
+
+import numpy as np
+import pytest
+
+pytest.importorskip('ipywidgets')
+
+from ssm_metarl import panels
+from ssm_metarl.panels import ControlPanel, Job, LiveCurve, ReadOut
+
+
+class Command:
+    "As a `CommandLine`, but ends when it is told to."
+    made = []
+
+    def __init__(self, *words):
+        self.words, self.runs, self.stopped, self.seconds, self.asked, self.found = words, True, False, 0., 0, {}
+        self.made.append(self)
+
+    def stop(self): self.stopped, self.runs = True, False
+
+    def result(self):
+        self.asked += 1
+        if isinstance(self.found, Exception): raise self.found
+        return self.found
+
+
+@pytest.fixture
+def panel(tmp_path, monkeypatch):
+    monkeypatch.setattr(panels, 'CommandLine', Command)
+    monkeypatch.setattr(Command, 'made', [])
+    yield new_panel(tmp_path)
+    for command in Command.made: command.runs = False
+
+
+def new_panel(folder, steps=3): return ControlPanel({'other': Job('basic', 5), 'one': Job('basic', steps)}, folder)
+def on(panel): return [name for name, button in panel.buttons.items() if not button.disabled]
+
+
+def test_of_two_clicks_the_second_one_does_nothing(panel):
+    panel.buttons['Train'].click()
+    panel.buttons['Train'].click()
+    panel.buttons['Evaluate'].click()
+    assert len(Command.made) == 1 and on(panel) == ['Stop']
+
+
+def test_stop_after_the_end_changes_nothing(panel):
+    thread = panel.press('Train')
+    Command.made[0].runs = False
+    thread.join(10)
+    said = panel.curve.note.value
+    panel.press('Stop')
+    assert panel.curve.note.value == said and on(panel) == ['Train'] and not Command.made[0].stopped
+
+
+@pytest.mark.parametrize('error', [IndexError('list index out of range'), ValueError('no JSON'), RuntimeError('no such config')])
+def test_after_any_error_the_buttons_live(panel, error):
+    thread = panel.press('Train')
+    Command.made[0].found, Command.made[0].runs = error, False
+    thread.join(10)
+    assert on(panel) == ['Train'] and panel.curve.note.value == f'It did not work: {error}'
+    assert panel.press('Train') is not None  # and work
+
+
+def test_a_new_panel_goes_on_with_the_command_of_the_old_one(panel, tmp_path):
+    panel.choice.value = 'one'
+    thread = panel.press('Train')
+    again = new_panel(tmp_path)
+    thread.join(10)
+    assert not thread.is_alive() and Command.made[0].runs and Command.made[0].asked == 0
+    assert (on(panel), on(again), again.choice.value) == ([], ['Stop'], 'one')
+    assert again.press('Train') is None and len(Command.made) == 1
+    panel.press('Stop')  # of the old panel, which has let go
+    assert Command.made[0].runs
+    again.press('Stop')
+    assert Command.made[0].stopped
+
+
+def test_a_new_panel_stops_what_it_cannot_follow(panel, tmp_path):
+    panel.choice.value = 'one'
+    panel.press('Train')
+    again = new_panel(tmp_path, steps=4)  # another folder
+    assert Command.made[0].stopped and on(again) == ['Train']
+
+
+def test_without_a_kernel_a_panel_shows_its_state(panel):
+    shown = panel._repr_mimebundle_()
+    assert '<button disabled>Stop</button>' in shown['text/html'] and '0 of 5 outer steps are done' in shown['text/html']
+
+
+def test_a_curve_can_be_shown_without_a_kernel(tmp_path):
+    (tmp_path / 'train.jsonl').write_text('{"step": 0, "pre_return": -9.0, "post_return": -5.0, "wall_s": 1.0}\n')
+    with LiveCurve(tmp_path, 2) as curve: assert curve.still() == '<p>begins …</p>'
+    assert curve.still().startswith('<p>1 of 2 outer steps are done</p><img ') and 'data:image/png;base64,iVBOR' in curve.still()
