@@ -12,6 +12,7 @@ import atexit
 import base64
 import hashlib
 import html
+import inspect
 import json
 import math
 import os
@@ -24,7 +25,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,8 @@ from .files import read_lines
 from .plots import draw_references, plot_training
 from .policy import SSMMetaPolicy
 from .rollout import Rollout, Trajectories
-from .style import COLOURS, SERIES, colour_map, dress, legend_above, number
+from .style import (
+    COLOURS, SERIES, colour_map, dress, legend_above, legend_below, number)
 from .widgets import (
     FigurePanel, draw_steps, has_kernel, live_box, mimebundle, new_figure, png_of)
 
@@ -286,8 +288,7 @@ class ControlPanel(JobView):
         self._rest()
 
     def _rest(self):  # nothing runs
-        trained = (self.here / 'latest.npz').exists()
-        self.enable('Train', *(('Evaluate', 'Adapt') if trained else ()))
+        self.enable('Train', *['Evaluate', 'Adapt'] * (self.here / 'latest.npz').exists())
 
     def press(self, name: str) -> threading.Thread | None: # that follows the command
         "What a button does; a click that comes too late does nothing."
@@ -396,9 +397,15 @@ def beliefs(
     return 1 + (pulled * won).cumsum(1), 1 + (pulled * ~won).cumsum(1)
 
 # %% ../nbs/07b_panels.ipynb #07b10024
+def _ridge(x, y, price):  # [N, S], [N, k] -> weights [S + 1, k]; the constant costs nothing
+    costs = np.diag(np.r_[np.sqrt(price * len(x)) * x.std(0), 0])
+    rows = np.r_[np.c_[x, np.ones(len(x))], costs]
+    return np.linalg.lstsq(rows, np.r_[y, np.zeros((len(costs), y.shape[1]))], rcond=None)[0]
+
+
 @dataclass
 class ReadOut:
-    "Linear functions of the state, one for each step of a trial, fitted by least squares."
+    "Linear functions of the state, one for each step of a trial, fitted by ridge regression."
     weights: np.ndarray # [T, S + 1, k]
     spread: np.ndarray # standard deviation of each number of the state, [S]
 
@@ -407,6 +414,7 @@ class ReadOut:
             states: np.ndarray, # of M trials, [M, T, S]
             wanted: np.ndarray, # [M, T, k]
             mask: np.ndarray = None, # bool [M, T]: real steps; None: all
+            ridge: float = 1e-6, # price of a weight, in units of the state's variance
            ) -> 'ReadOut':
         "The best ones for these trials; nan where too few of them still go on."
         mask = np.ones(states.shape[:2], bool) if mask is None else mask
@@ -414,7 +422,7 @@ class ReadOut:
         weights = np.full((states.shape[1], states.shape[2] + 1, wanted.shape[2]), np.nan)
         for t in np.flatnonzero(mask.sum(0) >= enough):
             x, y = states[mask[:, t], t], wanted[mask[:, t], t]
-            weights[t] = np.linalg.lstsq(np.c_[x, np.ones(len(x))], y, rcond=None)[0]
+            weights[t] = _ridge(x, y, ridge)
         return cls(weights, states[mask].std(0) + 1e-9)
 
     def __call__(self,
@@ -428,37 +436,43 @@ class ReadOut:
                   states: np.ndarray, # of other trials, [M, T, S]
                   wanted: np.ndarray, # [M, T, k]
                   mask: np.ndarray = None, # bool [M, T]: real steps; None: all
-                 ) -> np.ndarray: # [T, k], at least 0, or nan
+                 ) -> np.ndarray: # [T, k]; negative where a constant does better; or nan
         "Share of the variance over trials that they explain: 1 - squared error / variance."
         mask = np.ones(states.shape[:2], bool) if mask is None else mask
         weight = mask[..., None] / np.maximum(mask.sum(0), 1)[:, None]  # [M, T, 1]
         def mean(x): return (weight * x).sum(0)
         variance = mean(np.square(wanted - mean(wanted))) + 1e-12
-        return np.maximum(1 - mean(np.square(self(states) - wanted)) / variance, 0)
+        return 1 - mean(np.square(self(states) - wanted)) / variance
 
 # %% ../nbs/07b_panels.ipynb #07b10029
-def _draw_pulls(ax, arms, won):
+def _draw_pulls(ax, arms, won, k):
     for shown, face in ((won, COLOURS['after']), (~won, 'white')):
-        ax.scatter(np.flatnonzero(shown) + 1, arms[shown] + 1, 26, face, zorder=3,
+        ax.scatter(np.flatnonzero(shown) + 1, arms[shown] + 1, 14, face, zorder=3,
                    edgecolors=COLOURS['after'], linewidths=1)
-    ax.set(ylim=(arms.max() + 1.6, .4), yticks=range(1, arms.max() + 2))
+    ax.set(ylim=(k + .6, .4), yticks=range(1, k + 1))
 
 
 def _draw_state(ax, states, spread):  # [T, S]
-    colours = ax.imshow((states / spread).T, 'PuOr', aspect='auto', vmin=-2.5, vmax=2.5,
-                        extent=(.5, len(states) + .5, states.shape[1] + .5, .5))
-    ax.set_yticks([])
-    return colours
+    ax.imshow((states / spread).T, colour_map(signed=True), aspect='auto', vmin=-2.5, vmax=2.5,
+              extent=(.5, len(states) + .5, states.shape[1] + .5, .5))
+    dress(ax, 'State (pink < 0, blue > 0)', '', 'number')
 
 
 def _draw_belief(ax, a, b, chance, guess):  # of one arm: [T], [T], number, [T]
-    p = np.linspace(.005, .995, 100)[:, None]
+    p, pulls = np.linspace(.005, .995, 100)[:, None], np.arange(1, len(a) + 1)
     height = np.exp((a - 1) * np.log(p) + (b - 1) * np.log(1 - p))  # up to a factor
-    ax.imshow(height / height.mean(0), 'Blues', aspect='auto', origin='lower', vmin=0, vmax=5,
-              extent=(.5, len(a) + .5, 0, 1))
-    ax.axhline(chance, color=COLOURS['goal'], lw=1.5)
-    ax.plot(np.arange(1, len(a) + 1), guess.clip(0, 1), color=COLOURS['before'], lw=1.5)
+    ax.imshow(height / height.mean(0), colour_map(), aspect='auto', origin='lower', vmin=0,
+              vmax=10, extent=(.5, len(a) + .5, 0, 1))
+    ax.axhline(chance, color=COLOURS['goal'], lw=1.5, label='true chance')
+    ax.plot(pulls, a / (a + b), '--', color=COLOURS['ink'], lw=1.2, label='posterior mean')
+    ax.plot(pulls, guess.clip(0, 1), color=SERIES[2], lw=1.5, label='read-out')
     ax.set(ylim=(0, 1), yticks=(0, .5, 1))
+
+
+def _pulls_title(arms, won, chance):
+    title = f'{won.sum()} of {len(won)} pulls paid (filled)'
+    if len(np.unique(chance)) < len(chance): return title  # a tie: no arm is the better one
+    return f'{title};\nbetter arm in {(arms == np.argmax(chance)).mean():.0%}'
 
 
 def bandit_figure(
@@ -468,22 +482,20 @@ def bandit_figure(
     read: ReadOut, # of the mean of the posterior
 ): # matplotlib's Figure
     "One game: pulls, state, and what an exact player would believe."
-    k, figure = len(chance), new_figure(6, 2.6 + 1.05 * len(chance))
-    axes = figure.subplots(2 + k, 1, sharex=True, height_ratios=(.8, 1.6, *[1.2] * k))
+    k, figure = len(chance), new_figure(6, max(3.5, 1.2 * len(chance)))
     arms, won = traj.action[0, 0].numpy(), traj.reward[0, 0].numpy() > .5
-    _draw_pulls(axes[0], arms, won)
-    axes[0].set_ylim(k + .6, .4), axes[0].set_yticks(range(1, k + 1))
-    _draw_state(axes[1], states[0], read.spread)
+    grid = figure.add_gridspec(1, 2, width_ratios=(1, 1.15))
+    pulls, state = grid[0].subgridspec(2, 1, height_ratios=(1, 2)).subplots(sharex=True)
+    _draw_pulls(pulls, arms, won, k)
+    dress(pulls, _pulls_title(arms, won, chance), '', 'arm')
+    _draw_state(state, states[0], read.spread)
     (a, b), guess = beliefs(traj, k), read(states)[0]
-    for i, ax in enumerate(axes[2:]):
+    right = grid[1].subgridspec(k, 1).subplots(sharex=True, squeeze=False)[:, 0]
+    for i, ax in enumerate(right):
         _draw_belief(ax, a[0, :, i], b[0, :, i], chance[i], guess[:, i])
-    best = (arms == np.argmax(chance)).mean()
-    titles = (f'{won.sum()} of {len(won)} pulls won (full); the better arm in {best:.0%}',
-              'state of the SSM', *(f'arm {i + 1}: posterior, read-out, truth' for i in range(k)))
-    labels = 'arm', '', *['chance'] * k
-    for ax, title, label in zip(axes, titles, labels):
-        dress(ax, title, 'pulls' if ax is axes[-1] else '', label)
-        ax.title.set_fontsize(9)
+        dress(ax, f'Belief about arm {i + 1}', '', 'chance')
+    for ax in (state, right[-1]): ax.set_xlabel('pull', fontsize=10, color=COLOURS['ink'])
+    legend_below(right[0], 3)
     return figure
 
 # %% ../nbs/07b_panels.ipynb #07b10030
@@ -495,14 +507,15 @@ class BanditPlayer(FigurePanel):
                  params: dict, # its parameters, [...]
                  env: EnvConfig, # the bandit, T pulls
                  read: ReadOut, # of the mean of the posterior
-                 chance: tuple = (.3, .7)): # of each arm, at first
+                 chance: tuple = (.3, .7), # of each arm, at first
+                 game: int = 0): # that is shown at first: chooses the luck
         import ipywidgets as W
         self.policy, self.params, self.env, self.read = policy, params, env, read
         arms = {f'arm_{i + 1}': W.FloatSlider(p, min=0, max=1, step=.05,
                                               description=f'arm {i + 1} pays')
                 for i, p in enumerate(chance)}
         super().__init__(self.picture, arms | dict(
-            game=W.IntSlider(0, 0, 50, description='game'),
+            game=W.IntSlider(game, 0, 50, description='game'),
             cut=W.Checkbox(False, description='cut the memory before every pull', indent=False)))
 
     def picture(self, game, cut, **arms):
@@ -540,34 +553,40 @@ def read_navigator(
     return ReadOut.fit(*data) if fitted is None else fitted.explained(*data)
 
 # %% ../nbs/07b_panels.ipynb #07b10041
+def _draw_walk(ax, path, goal):  # [T, 2], [2]; in a window that holds all of it
+    lim = max(.8, 1.05 * np.abs(path).max())
+    ax.plot(*path.T, color=COLOURS['after'], lw=1)
+    ax.scatter(*path.T, 14, np.arange(len(path)), cmap=colour_map().reversed(), vmin=0,
+               vmax=1.3 * len(path), zorder=2)
+    ax.plot(0, 0, 'o', mfc='white', mec=COLOURS['ink'], ms=5, ls='', zorder=3, label='start')
+    ax.plot(*goal, '*', color=COLOURS['goal'], mec='white', mew=.6, ms=15, ls='', zorder=3,
+            label='goal')
+    ax.set(xlim=(-lim, lim), ylim=(-lim, lim), aspect='equal')
+    for axis in (ax.xaxis, ax.yaxis): axis.get_major_locator().set_params(nbins=4)
+    legend_above(ax)
+
+
 def walk_figure(
     task: dict, # with a 'goal' and a 'rotation'
     traj: Trajectories, # one walk, [1, 1, T]
     states: np.ndarray, # of the memory, [1, T, S]
     read: ReadOut, # of the hidden numbers
 ): # matplotlib's Figure
-    "A walk, the state beside it, and what the state knows of goal and angle."
-    n, figure = int(traj.mask.sum()), new_figure(6, 3.2)
-    path, guess = traj.obs[0, 0, :n].numpy(), read(_seen_and_known(traj, states)[0, :n])
-    grid = figure.add_gridspec(2, 2, width_ratios=(1.1, 1), height_ratios=(1.4, 1))
+    "A walk, the state beside it, and what position and state tell of the angle."
+    n, figure = int(traj.mask.sum()), new_figure(6, 3.4)
+    guess = read(_seen_and_known(traj, states)[0, :n])
+    grid = figure.add_gridspec(2, 2, width_ratios=(1.1, 1), height_ratios=(1.3, 1))
     left, top = figure.add_subplot(grid[:, 0]), figure.add_subplot(grid[0, 1])
     below, time = figure.add_subplot(grid[1, 1]), np.arange(1, n + 1)
-    left.plot(*path.T, color=COLOURS['after'], lw=1, alpha=.5)
-    left.scatter(*path.T, 14, time, cmap='Blues_r', vmin=-5, vmax=1.4 * n, zorder=2)
-    left.plot(*guess[:, :2].T, '.', color=COLOURS['before'], ms=4)
-    left.plot(0, 0, 'o', mfc='white', mec=COLOURS['ink'], ms=5, zorder=3)
-    left.plot(*task['goal'], '*', color=COLOURS['goal'], mec='white', mew=.6, ms=15, zorder=3)
-    left.set(xlim=(-.8, .8), ylim=(-.8, .8), aspect='equal', xticks=(-.5, 0, .5),
-             yticks=(-.5, 0, .5))
-    dress(left, f'return {traj.returns.item():.1f}'.replace('-', '−'), 'x', 'y')
+    _draw_walk(left, traj.obs[0, 0, :n].numpy(), task['goal'])
+    dress(left, f'Walk with a return of {number(traj.returns.item())}', 'x', 'y')
     _draw_state(top, states[0, :n], read.spread[2:])
-    dress(top, 'state of the SSM', '', '')
     below.axhline(math.degrees(task['rotation']), color=COLOURS['goal'], lw=1.5)
     angle = np.degrees(np.arctan2(guess[:, 3], guess[:, 2]))
-    below.plot(time, angle, '.', color=COLOURS['before'], ms=4)
+    below.plot(time, angle, 'o', color=SERIES[2], ms=3)
     below.set(ylim=(-190, 190), yticks=(-180, 0, 180), xlim=(.5, n + .5))
     for ax in (top, below): ax.xaxis.get_major_locator().set_params(integer=True)
-    dress(below, '', 'steps', 'angle (°)')
+    dress(below, 'Angle: read (dots), true (line)', 'step', 'angle (°)')
     return figure
 
 # %% ../nbs/07b_panels.ipynb #07b10042
@@ -580,7 +599,8 @@ class WalkPlayer(FigurePanel):
                  env: EnvConfig, # rotated navigation
                  read: ReadOut, # of the hidden numbers
                  goal: tuple = (.3, .4), # at first
-                 angle: float = 90.): # degrees, at first
+                 angle: float = 90., # degrees, at first
+                 game: int = 0): # that is shown at first: chooses the noise of the actions
         import ipywidgets as W
         self.policy, self.params, self.env, self.read = policy, params, env, read
         row = dict(min=-.5, max=.5, step=.05)
@@ -588,7 +608,7 @@ class WalkPlayer(FigurePanel):
             x=W.FloatSlider(goal[0], description='goal, x', **row),
             y=W.FloatSlider(goal[1], description='goal, y', **row),
             angle=W.FloatSlider(angle, min=-180, max=180, step=15, description='angle (°)'),
-            game=W.IntSlider(0, 0, 50, description='walk'),
+            game=W.IntSlider(game, 0, 50, description='walk'),
             cut=W.Checkbox(False, description='cut the memory before every step', indent=False)))
 
     def picture(self, x, y, angle, game, cut):
@@ -606,6 +626,11 @@ def source_mark() -> str:
     return hashlib.sha256(b''.join(path.read_bytes() for path in files)).hexdigest()
 
 # %% ../nbs/07b_panels.ipynb #07b10047
+def _source(function):  # its text, where Python knows it
+    with suppress(OSError, TypeError): return inspect.getsource(function)
+    return ''
+
+
 def remembered(
     path: Path, # file for the result; use only files that you have written yourself
     make: Callable, # computes it
@@ -613,7 +638,7 @@ def remembered(
 ): # what `make()` returns
     "The stored result if code and values are those of today, otherwise a new one."
     known = [x.read_bytes() if isinstance(x, Path) else x for x in depends]
-    mark = hashlib.sha256(repr((source_mark(), known)).encode()).hexdigest()
+    mark = hashlib.sha256(repr((source_mark(), _source(make), known)).encode()).hexdigest()
     with suppress(OSError, EOFError, pickle.UnpicklingError, AttributeError, ImportError):
         stored, result = pickle.loads(Path(path).read_bytes())
         if stored == mark: return result

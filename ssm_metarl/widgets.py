@@ -381,7 +381,7 @@ _PAINT = """
       (seen.step ? `, ${bold(r[seen.step], 'after')} after ${steps.textContent}` : '');
     Object.assign(root.dataset, {source: seen.source, step: seen.step, goal: seen.goal.join(),
                                  known: r ? r.length - 1 : -1, text: seen.text,
-                                 of: seen.of?.join(), floor: seen.floor});
+                                 of: seen.of?.join(), floor: seen.floor, returns: r?.join()});
     if (now.playing && length && root.isConnected) wake();
   }
   function wake() { if (!waiting) { waiting = true; requestAnimationFrame(paint); } }
