@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PLAYERS', 'Interrupted', 'time_left', 'curve_figure', 'LiveCurve', 'CommandLine', 'Job', 'JobView', 'ControlPanel',
-           'steps_figure', 'watch_memory', 'beliefs', 'ReadOut', 'bandit_figure', 'BanditPlayer', 'hidden_numbers',
-           'read_navigator', 'walk_figure', 'WalkPlayer', 'source_mark', 'remembered']
+           'steps_figure', 'watch_memory', 'beliefs', 'ReadOut', 'bandit_figure', 'BanditPlayer', 'BeatThePolicy',
+           'hidden_numbers', 'read_navigator', 'walk_figure', 'WalkPlayer', 'source_mark', 'remembered']
 
 # %% ../nbs/07b_panels.ipynb #07b10003
 import atexit
@@ -32,7 +32,8 @@ import numpy as np
 import torch
 
 import ssm_metarl
-from .envs import EnvConfig
+from .bandits import index_policy, play_bandit, random_arm, total_reward
+from .envs import EnvConfig, sample_tasks
 from .files import read_lines
 from .plots import draw_references, plot_training
 from .policy import SSMMetaPolicy
@@ -351,9 +352,14 @@ PLAYERS = dict(random_return='acts at random', nothing_return='does nothing',
 
 
 def _score_table(result):  # HTML, from what `eval` or `adapt` found
-    rows = [f'<tr><td>{text}</td><td style="text-align:right">{result[name]:.1f}</td></tr>'
-            .replace('-', '\u2212') for name, text in PLAYERS.items() if name in result]
-    return f'<table><tr><th>player</th><th>mean return</th></tr>{"".join(rows)}</table>'
+    known = {text: result[name] for name, text in PLAYERS.items() if name in result}
+    return _table('mean return', known)
+
+
+def _table(what, values):  # HTML; values: player -> number
+    rows = [f'<tr><td>{name}</td><td style="text-align:right">{number(x)}</td></tr>'
+            for name, x in values.items()]
+    return f'<table><tr><th>player</th><th>{what}</th></tr>{"".join(rows)}</table>'
 
 
 def steps_figure(
@@ -524,6 +530,62 @@ class BanditPlayer(FigurePanel):
         traj, states = watch_memory(self.policy, self.params, [dict(chance=chance)],
                                     replace(self.env, seed=game), cut)
         return bandit_figure(chance, traj, states, self.read)
+
+# %% ../nbs/07b_panels.ipynb #07b10089
+class BeatThePolicy:
+    "A bandit for the reader, who then sees what the policy wins on the same arms."
+
+    def __init__(self,
+                 policy: SSMMetaPolicy, # trained on this bandit, with `history`
+                 params: dict, # its parameters, [...]
+                 env: EnvConfig, # the bandit, T pulls
+                 game: int = 0): # chooses the hidden chances
+        import ipywidgets as W
+        self.policy, self.params, self.env, self.note = policy, params, env, W.HTML()
+        arms = range(len(sample_tasks(env, 1)[0]['chance']))
+        self.arms = [W.Button(description=f'arm {i + 1}') for i in arms]
+        for i, button in enumerate(self.arms): button.on_click(lambda b, i=i: self.pull(i))
+        self.again = W.Button(description='new game')
+        self.again.on_click(lambda b: self.begin(self.game + 1))
+        row = W.HBox([*self.arms, self.again], layout=W.Layout(flex_flow='row wrap'))
+        self.widget = live_box(row, self.note)
+        self.begin(game)
+
+    def begin(self, game: int):
+        "Hide new chances."
+        self.game, self.pulls, self.luck = game, [], np.random.default_rng(game)
+        self.chance = sample_tasks(self.env, 1, 'held_out', step=game)[0]['chance']
+        self._show()
+
+    def pull(self, arm: int):
+        "What a click does; after the last pull, nothing."
+        if len(self.pulls) == self.env.trial_length: return
+        self.pulls.append((arm, bool(self.luck.random() < self.chance[arm])))
+        self._show()
+
+    def scores(self, games: int = 100) -> dict: # player -> wins, on average over games
+        "What others win with these chances."
+        tasks, T = [dict(chance=self.chance)] * games, self.env.trial_length
+        traj, _ = watch_memory(self.policy, self.params, tasks, self.env)
+        arms = {'the policy': traj.action[:, 0].numpy()}
+        chance = np.tile(self.chance, (games, 1))
+        for name, rule in (('the Gittins index', index_policy(T)), ('random pulls', random_arm)):
+            arms[name] = play_bandit(rule, chance, T)
+        return {name: total_reward(chance, x).mean() for name, x in arms.items()}
+
+    def _show(self):
+        won, left = sum(won for _, won in self.pulls), self.env.trial_length - len(self.pulls)
+        rows = [f'arm {i + 1} ' + ''.join('○●'[won] for arm, won in self.pulls if arm == i)
+                for i in range(len(self.arms))]
+        self.note.value = '<br>'.join([*rows, f'{won} wins, {left} pulls left'])
+        if left: return
+        chances = ', '.join(number(p, 2) for p in self.chance)
+        scores = {'you (this game)': won} | self.scores()
+        self.note.value += f'; the chances were {chances}.{_table("wins", scores)}'
+
+    def _repr_mimebundle_(self, **options):
+        if has_kernel(): return mimebundle(self.widget)
+        return {'text/html': self.note.value, 'text/plain': 'a game (in a running notebook)'}
 
 # %% ../nbs/07b_panels.ipynb #07b10034
 def hidden_numbers(

@@ -656,9 +656,8 @@ def goal_figure(
     colour = COLOURS['after' if step else 'before']
     right.plot(step, returns[step], 'o', mfc='none', mec=colour, ms=10)
     right.set_ylim(1.1 * min(grid.low, returns.min()), 0)
-    after = f', {number(returns[step])} after {step}' if step else ''
-    dress(right, f'Return: {number(returns[0])} before{after}', 'gradient steps',
-          'return of the episode')
+    found = ' → '.join(number(returns[k]) for k in dict.fromkeys((0, step)))
+    dress(right, f'Return: {found}', 'gradient steps', 'return of the episode')
     return figure
 
 # %% ../nbs/07a_widgets.ipynb #07a10064

@@ -93,3 +93,24 @@ def test_a_curve_can_be_shown_without_a_kernel(tmp_path):
     (tmp_path / 'train.jsonl').write_text('{"step": 0, "pre_return": -9.0, "post_return": -5.0, "wall_s": 1.0}\n')
     with LiveCurve(tmp_path, 2) as curve: assert curve.still() == '<p>begins …</p>'
     assert curve.still().startswith('<p>1 of 2 outer steps are done</p><img ') and 'data:image/png;base64,iVBOR' in curve.still()
+
+
+def test_a_reader_plays_against_the_policy():
+    from ssm_metarl.config import learn_in_memory
+    from ssm_metarl.panels import BeatThePolicy
+    from ssm_metarl.policy import SSMMetaPolicy
+    config = learn_in_memory('MetaBandit-v0', {'arms': 2}, 5, 1)  # five pulls
+    family = config.env.family
+    policy = SSMMetaPolicy(family.observation_space, family.action_space, config.policy)
+    match = BeatThePolicy(policy, policy.get_params(), config.env, game=1)
+    hidden = f'{match.chance[0]:.2f}'
+    for pull in range(5):
+        assert hidden not in match.note.value and f'{5 - pull} pulls left' in match.note.value
+        match.arms[pull % 2].click()
+    match.arms[0].click()  # too late
+    assert [arm for arm, _ in match.pulls] == [0, 1, 0, 1, 0] and hidden in match.note.value
+    assert f'{sum(won for _, won in match.pulls)}.0</td>' in match.note.value
+    low, high = 5 * match.chance.min(), 5 * match.chance.max()
+    assert all(low <= wins <= high for wins in match.scores(50).values()) and len(match.scores(2)) == 3
+    match.again.click()
+    assert match.pulls == [] and match.game == 2 and f'{match.chance[0]:.2f}' != hidden
