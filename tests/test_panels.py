@@ -114,3 +114,43 @@ def test_a_reader_plays_against_the_policy():
     assert all(low <= wins <= high for wins in match.scores(50).values()) and len(match.scores(2)) == 3
     match.again.click()
     assert match.pulls == [] and match.game == 2 and f'{match.chance[0]:.2f}' != hidden
+
+
+@pytest.fixture(scope='module')
+def bandit():
+    from ssm_metarl.config import learn_in_memory
+    from ssm_metarl.policy import SSMMetaPolicy
+    config = learn_in_memory('MetaBandit-v0', {'arms': 2}, 5, 1)
+    policy = SSMMetaPolicy(config.env.family.observation_space, config.env.family.action_space, config.policy)
+    states = panels.watch_memory(policy, policy.get_params(), [dict(chance=np.float32([.5, .5]))], config.env)[1]
+    read = ReadOut(np.zeros((5, states.shape[-1] + 1, 2)), np.ones(states.shape[-1]))
+    return policy, policy.get_params(), config.env, read
+
+
+def test_equal_arms_have_no_better_one(bandit):
+    player = panels.BanditPlayer(*bandit, game=7)
+    def title(*chances): return player.picture(game=0, cut=False, arm_1=chances[0], arm_2=chances[1]).axes[0].get_title(loc='left')
+    assert title(1., 1.) == '5 of 5 pulls paid (filled)' and title(0., 0.) == '0 of 5 pulls paid (filled)'
+    assert 'better arm' in title(.2, .8) and player.controls['game'].value == 7
+
+
+def test_a_walk_that_leaves_the_square_is_drawn_whole():
+    from ssm_metarl.widgets import new_figure
+    ax = new_figure().subplots()
+    panels._draw_walk(ax, np.array([[0., 0.], [-4.7, 1.]]), [.3, .3])
+    assert ax.get_xlim()[0] < -4.7 and ax.get_xlim()[1] < 6
+    panels._draw_walk(ax, np.array([[0., 0.], [.1, .1]]), [.3, .3])
+    assert ax.get_xlim() == (-.8, .8)
+
+
+def test_a_read_out_worse_than_a_constant_says_so():
+    rng = np.random.default_rng(0)
+    states = rng.normal(size=(50, 3, 2))
+    read = ReadOut.fit(states, states[..., :1])
+    assert read.explained(states, states[..., :1]).min() > .999 and read.explained(states, -states[..., :1]).max() < -2
+
+
+def test_what_is_remembered_depends_on_the_function_that_makes_it(tmp_path):
+    def one(): return 1
+    def two(): return 2
+    assert [panels.remembered(tmp_path / 'number', make, 'same') for make in (one, two, two, one)] == [1, 2, 2, 1]

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ssm_metarl.widgets import LatestOnly, mimebundle
+from ssm_metarl.style import COLOURS
+from ssm_metarl.widgets import LatestOnly, draw_steps, mimebundle, new_figure
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -112,3 +113,9 @@ def test_a_live_curve_becomes_plain_html_at_the_end(kernel, tmp_path):
         if message['msg_type'] == 'update_display_data': last = message['content']
     assert 'application/vnd.jupyter.widget-view+json' in first['data'] and first['transient'] == last['transient']
     assert last['data']['text/html'].startswith('<p>1 of 1 outer steps are done</p><img ')
+
+
+def test_a_step_that_was_taken_back_is_hollow():
+    ax = draw_steps(new_figure().subplots(), [-9., -5., -5., -3.], [True, False, True])
+    faces = {int(line.get_xdata()[0]): line.get_markerfacecolor() for line in ax.lines[1:]}
+    assert faces == {0: COLOURS['before'], 1: COLOURS['after'], 2: 'white', 3: COLOURS['after']}
