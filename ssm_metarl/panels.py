@@ -231,6 +231,12 @@ class JobView:
         for name, button in self.buttons.items(): button.disabled = name not in names
         self.choice.disabled = 'Stop' in names
 
+    def retire(self):
+        "Switch everything off: another panel has taken over."
+        self.say('This panel is outdated: its cell was run again.')
+        self.enable()
+        self.choice.disabled = True
+
     def still(self) -> str: # HTML
         "What the panel shows, for a page without a kernel."
         row = ''.join(f'<button{" disabled" * button.disabled}>{name}</button> '
@@ -265,8 +271,7 @@ class ControlPanel(JobView):
 
     def _take_over(self, old):  # from a panel whose cell was run again
         command, old.command = old.command, None
-        old.enable()
-        old.say('This panel is outdated: its cell was run again.')
+        old.retire()
         if command is None or not command.runs: return
         if old.choice.value in self.jobs: self.choice.value = old.choice.value
         if self.here == old.here: self._attend(old.doing, command)

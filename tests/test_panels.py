@@ -69,7 +69,7 @@ def test_a_new_panel_goes_on_with_the_command_of_the_old_one(panel, tmp_path):
     again = new_panel(tmp_path)
     thread.join(10)
     assert not thread.is_alive() and Command.made[0].runs and Command.made[0].asked == 0
-    assert (on(panel), on(again), again.choice.value) == ([], ['Stop'], 'one')
+    assert (on(panel), on(again), again.choice.value) == ([], ['Stop'], 'one') and panel.choice.disabled
     assert again.press('Train') is None and len(Command.made) == 1
     panel.press('Stop')  # of the old panel, which has let go
     assert Command.made[0].runs
