@@ -215,7 +215,7 @@ class JobView:
         self.curve, self.table = LiveCurve('', 1), W.HTML()
         row = W.HBox([self.choice, *self.buttons.values()],
                      layout=W.Layout(flex_flow='row wrap'))
-        self.box = live_box(row, self.curve.box, self.table)
+        self.box = W.VBox([row, self.curve.box, self.table])  # `curve.box` tells of a lost kernel
 
     def say(self, text: str):
         "Show a line of text."
