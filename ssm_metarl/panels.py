@@ -323,7 +323,8 @@ class ControlPanel(JobView):
                 time.sleep(.3)
                 if command is self.command and not command.stopped: self._progress(name)
             if command is self.command: self._show(name, command.result())
-        except Exception as error: self.say(self._ended(command, error))  # it is a thread
+        except Exception as error:  # any: nobody sees those of a thread
+            if command is self.command: self.say(self._ended(command, error))
         finally:
             if command is self.command:
                 self._rest()
