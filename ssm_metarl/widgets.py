@@ -237,6 +237,7 @@ function drawCurve(c, seen, low, colours) {         // returns after 0, 1, ... s
 # %% ../nbs/07a_widgets.ipynb #07a10036
 _SEEN = """
 const LATE = 'no answer for 20 s: was the kernel restarted? Then run the cell again.';
+const GONE = 'The kernel was restarted: run this cell again.';
 function answers(live, model) {                     // is it a result for the last question?
   const [x, y] = model.get('goal'), [u, v] = live.goals[0];
   return live.asked === model.get('asked') && live.settings === model.get('settings')
@@ -265,6 +266,7 @@ function look(model, now) {                         // -> what is to be drawn
     ? now.late ? LATE : 'waiting for the kernel \u2026' : seen.source === 'grid'
     ? 'stored: the adaptation to the ring, the nearest of ' + grid.goals.length + ' goals'
     : 'let go of the goal, and the policy will adapt to it';
+  if (now.gone) seen.text = GONE;
   return seen;
 }
 """
@@ -356,8 +358,6 @@ _STYLE = """
   border: 1px solid #BBBBBB; border-radius: 4px; background: #F4F4F4; color: #444444;}
 .goal-canvas input {flex: 0 1 180px; accent-color: #0072B2;}
 .goal-canvas .says {min-height: 1.4em; margin-top: 4px;}
-.jupyter-widgets-disconnected .goal-canvas::before {color: #D55E00;
-  content: 'The kernel was restarted: run this cell again.';}
 """
 
 # %% ../nbs/07a_widgets.ipynb #07a10040
@@ -390,6 +390,10 @@ _PAINT = """
     now.live = unpack(model.get('live'), model.get('live_points'));
     wake();
   };
+  for (const event of ['comm_live_update', 'comm:close'])  // the wire is cut
+    model.on(event, () => { now.gone = true; wake(); });
+  for (const name of ['live', 'note'])                     // Python has answered
+    model.on('change:' + name, () => { now.gone = false; });
   for (const name of ['facts', 'live', 'goal', 'asked', 'step', 'note', 'grid_fits', 'settings'])
     model.on('change:' + name, read);
   read();
