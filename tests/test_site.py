@@ -1,11 +1,12 @@
 "How the site is made: entries of definitions, links at the foot of notebooks, folding, and the measuring of pages in a browser."
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
 import pytest
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / 'tools'))
@@ -65,6 +66,31 @@ def test_fields_and_arguments_keep_their_comments():
     assert all('`' not in block for block in text.split('```python')[1].split('```')[:1])
 
 
+def test_an_entry_says_how_a_definition_is_imported_and_made():
+    assert '```python\nfrom ssm_metarl.guards import split\n```' in entry(guards.split)
+    assert entry(ssm.SSMConfig).split('```')[1].startswith('python\nfrom ssm_metarl.ssm import SSMConfig\n\n')
+    made = entry(ssm.SSM).split('```')[1]
+    assert 'from ssm_metarl.ssm import SSM\n\n' in made and 'config: ' in made
+
+
+def test_links_lead_inside_a_copy_of_the_site():
+    home = f'{reference.get_config().doc_host}{reference.get_config().doc_baseurl}/'
+    cell = new_markdown_cell(f'[`x`]({home}ssm.html#x) <a href="{home}ssm.html#ssm.f">f</a> [out](https://example.org/)')
+    reference.local_links(cell)
+    assert cell.source == '[`x`](ssm.html#x) <a href="ssm.html#ssm.f">f</a> [out](https://example.org/)'
+    code = new_code_cell('x', outputs=[new_output('display_data', {'text/markdown': f'see [y]({home}y.html)'})])
+    reference.local_links(code)
+    assert code.outputs[0].data['text/markdown'] == 'see [y](y.html)'
+
+
+def test_the_list_of_all_definitions_is_that_of_today():
+    notebook = nbformat.read(ROOT / 'nbs/reference.ipynb', 4)
+    shown, = (output.data['text/markdown'] for cell in notebook.cells if cell.cell_type == 'code' for output in cell.outputs)
+    listed = set(re.findall(r'\[`(\w+)`\]\((\w+\.ipynb)#', ''.join(shown)))
+    assert {name for name, _ in listed} == {name for module in reference.index['syms'] for name in reference.public_names(module)}
+    assert ('MetaMAML', '04_maml.ipynb') in listed
+
+
 def test_a_comment_beside_the_first_line_describes_a_small_function():
     def half(x, mark='#'): return x / 2  # -> what is left of `x`
     def loud(x):  # not this
@@ -85,6 +111,9 @@ def test_the_source_is_folded_once():
     plain, own, other = cell('def f(): pass', exports=[]), cell('#| code-fold: true\ndef f(): pass', exports=[]), cell('x = 1')
     imports = cell('import os\nfrom a import b')
     for each in (plain, own, other, imports): reference.fold_source(each)
+    long = cell('def f():' + '\n    pass' * reference.LONG, exports=[])
+    reference.fold_source(long)
+    assert long.source.startswith('#| code-fold: true\n#| code-summary: "Source"\n')
     assert plain.source == '#| code-fold: show\n#| code-summary: "Source"\ndef f(): pass'
     assert own.source == '#| code-fold: true\ndef f(): pass' and other.source == 'x = 1'
     assert imports.source == '#| code-fold: true\n#| code-summary: "Imports"\nimport os\nfrom a import b'
@@ -114,23 +143,24 @@ def test_the_sidebar_names_every_notebook_once():
 
 
 def test_a_foot_is_written_once_and_kept_true():
-    lines = dict(foot.feet())
-    assert lines['01_policy.ipynb'].startswith('Previous: [00 State space models](00_ssm.ipynb) · Next: [02 ')
+    lines, titles = ({file: row[i] for file, *row in foot.feet()} for i in (1, 0))
+    assert lines['01_policy.ipynb'].startswith('Part 2 of 11 of the course · Previous: [00 State space models](00_ssm.ipynb) · Next: [02 ')
+    assert lines['00_scan.ipynb'].startswith('Previous: ') and titles['01_policy.ipynb'] == '01 A policy with a memory'
     assert 'index.ipynb' not in lines and 'Next:' not in list(lines.values())[-1]
     text = 'Further reading\n\n- a book'
     once = foot.with_foot(text, lines['01_policy.ipynb'])
     assert once == f'{text}\n\n{lines["01_policy.ipynb"]}' and foot.with_foot(once, lines['01_policy.ipynb']) == once
     assert foot.with_foot(once, lines['02_envs.ipynb']) == f'{text}\n\n{lines["02_envs.ipynb"]}'
     assert foot.with_foot(foot.with_foot(text, list(lines.values())[-1]), 'x') == f'{text}\n\nx'
-    notebook = new_notebook(cells=[new_markdown_cell('first'), new_markdown_cell(text), new_code_cell('1')])
+    notebook = new_notebook(cells=[new_markdown_cell('# first\n\n> what it is'), new_markdown_cell(text), new_code_cell('1')])
     line = lines['02_envs.ipynb']
-    assert foot.put(notebook, line) and not foot.put(notebook, line) and notebook.cells[0].source == 'first'
+    assert foot.put(notebook, 'Title', line) and not foot.put(notebook, 'Title', line) and notebook.cells[0].source == '# Title\n\n> what it is'
 
 
 def test_home_names_each_page_as_the_sidebar_does_and_adds_up_its_minutes():
     text = '\n'.join(cell.source for cell in nbformat.read(readme.HOME, 4).cells if cell.cell_type == 'markdown')
     rows = [line.split(' | ') for line in text.splitlines() if line.startswith('| [')]
-    assert sorted(row[0] for row in rows) == sorted(f'| [{name}]({file})' for file, name in sidebar.links(sidebar.contents()) if file != 'index.ipynb')
+    assert sorted(row[0] for row in rows) == sorted(f'| [{name}]({file})' for file, name in sidebar.links(sidebar.contents()) if file not in ('index.ipynb', 'reference.ipynb'))
     minutes = [int(row[1]) for row in rows if row[1].isdigit()]
     assert len(minutes) == 11 and f'| **in all** | **{sum(minutes)}** |' in text
     wrong = text.replace('[01 A policy with a memory](01_policy.ipynb) | 30 |', '[Policy](01_policy.ipynb) | 7 |').replace('**in all** | **', '**in all** | **1')

@@ -9,8 +9,8 @@ from configparser import ConfigParser
 from pathlib import Path
 
 MAX_CELLS, MAX_BYTES, MAX_COLUMNS, MAX_LINES, MAX_CLASS, MAX_METHOD, WIDEST, HIGHEST = 80, 1_500_000, 100, 60, 100, 15, 580, 340  # of a figure: 6 x 3.5 inches with its margin, at 96 pixels an inch
-NO_MODULE = {'index', '03c_meta_gradient', '08f_plugins', '08g_results', '09_train_eval_adapt'}
-NO_LECTURE = {'index', '00_files', '00_registry', '00_style', '04e_lending', '04f_weights', '04g_guarded_learner', '04h_hooks', '08_config', '08a_checkpoints', '08c_pipeline', '08d_studies', '08e_command_line', '08f_plugins', '08g_results', '09_train_eval_adapt'}  # no idea is taught there, so nothing is drawn and no exercise given
+NO_MODULE = {'index', 'reference', '03c_meta_gradient', '08f_plugins', '08g_results', '09_train_eval_adapt'}
+NO_LECTURE = {'index', 'reference', '00_files', '00_registry', '00_style', '04e_lending', '04f_weights', '04g_guarded_learner', '04h_hooks', '08_config', '08a_checkpoints', '08c_pipeline', '08d_studies', '08e_command_line', '08f_plugins', '08g_results', '09_train_eval_adapt'}  # no idea is taught there, so nothing is drawn and no exercise given
 HAND_MADE = {'__init__.py', '__main__.py', '_modidx.py'}
 
 

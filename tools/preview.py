@@ -87,7 +87,8 @@ def cell_output(output, options, markdown):
     if 'image/svg+xml' in data: return f'<figure class="figure">{"".join(data["image/svg+xml"])}</figure>'
     if 'image/png' in data:
         caption = options.get('fig-cap', '').strip('"\'')
-        picture = f'<img class="figure-img" src="data:image/png;base64,{data["image/png"].strip()}" alt="{escape(options.get("fig-alt", "").strip(chr(34)))}">'
+        size = ''.join(f' {side}="{n}"' for side, n in output.metadata.get('image/png', {}).items())
+        picture = f'<img class="figure-img"{size} src="data:image/png;base64,{data["image/png"].strip()}" alt="{escape(options.get("fig-alt", "").strip(chr(34)))}">'
         return f'<figure class="figure">{picture}<figcaption>{markdown(caption)}</figcaption></figure>'
     text = ''.join(output.get('text') or data.get('text/plain', ''))
     return f'<div class="cell-output cell-output-stdout"><pre><code>{ansi2html(text)}</code></pre></div>' if text else ''

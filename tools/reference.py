@@ -21,6 +21,7 @@ from nbdev.doclinks import NbdevLookup
 from ssm_metarl._modidx import d as index
 
 LIB = 'ssm_metarl'
+LONG = 40  # lines of source from which it is folded: its entry says how the object is made
 
 
 def public_names(module):
@@ -115,6 +116,12 @@ def inherited_lines(cls):
     return [line for base in bases for line in [f'# from {base.__name__}', *own_lines(base)]]
 
 
+def constructor_lines(cls):
+    "How an object is made: what its bases in the library want, and what the class itself does."
+    says = is_dataclass(cls) and '__annotations__' in vars(cls) or inspect.isfunction(vars(cls).get('__init__')) and not is_dataclass(cls)
+    return [*inherited_lines(cls), *(own_lines(cls) if says else [])]
+
+
 class Entry:
     "What a page says of one function or class, as Markdown."
     def __init__(self, symbol, name=None, title_level=3):
@@ -140,19 +147,31 @@ class Entry:
             seen |= set(names)
 
     def parts(self):
-        "A rule, a heading, a link to the source, the docstring; of a class also how it is made, where a base says so, and its methods."
+        "A rule, a heading, a link to the source, the docstring, how it is imported; of a class also how it is made, and its methods."
         yield from ('---', f'{"#" * self.level} {self.name}', f'<a class="source" href="{address(self.symbol)}">source</a>')
         yield as_markdown(about(self.symbol))
-        if not inspect.isclass(self.symbol): return
-        if lines := inherited_lines(self.symbol): yield '\n'.join(['```python', *lines, '```'])
-        yield from self.methods()
+        made = constructor_lines(self.symbol) if inspect.isclass(self.symbol) else []
+        yield '\n'.join(['```python', f'from {self.symbol.__module__} import {self.name}', *[''] * bool(made), *made, '```'])
+        if inspect.isclass(self.symbol): yield from self.methods()
 
     def _repr_markdown_(self): return '\n\n'.join(filter(None, self.parts()))
 
 
 def fold_source(cell):
-    """Show the source below an entry as a fold that is open, and cells of imports as one that is closed, unless the cell says how.
+    """Show the source below an entry as a fold, open unless it is long, and cells of imports as one that is closed, unless the cell says how.
     Instead of nbdev's own `add_fold`, which would say it a second time; Quarto rejects that."""
     if cell.cell_type != 'code' or '#| code-fold' in cell.source: return
-    if 'exports' in cell.directives_: cell.source = f'#| code-fold: show\n#| code-summary: "Source"\n{cell.source}'
+    if 'exports' in cell.directives_:
+        shown = 'show' if len(cell.source.splitlines()) <= LONG else 'true'
+        cell.source = f'#| code-fold: {shown}\n#| code-summary: "Source"\n{cell.source}'
     elif only_imports(cell.source): cell.source = f'#| code-fold: true\n#| code-summary: "Imports"\n{cell.source}'
+
+
+def local_links(cell):
+    "Links between pages without the address of the published site, so that a copy of the site leads to itself."
+    cfg = get_config()
+    home = f'{cfg.doc_host}{cfg.doc_baseurl}/'
+    if cell.cell_type == 'markdown': cell.source = cell.source.replace(f']({home}', '](').replace(f'href="{home}', 'href="')
+    for output in cell.get('outputs', []):
+        data = output.get('data', {})
+        if 'text/markdown' in data: data['text/markdown'] = ''.join(data['text/markdown']).replace(f']({home}', '](').replace(f'href="{home}', 'href="')
