@@ -11,7 +11,6 @@ from pathlib import Path
 MAX_CELLS, MAX_BYTES, MAX_COLUMNS, MAX_LINES, MAX_CLASS, MAX_METHOD, WIDEST, HIGHEST = 80, 1_500_000, 100, 60, 100, 15, 580, 340  # of a figure: 6 x 3.5 inches with its margin, at 96 pixels an inch
 NO_MODULE = {'index', 'reference', '03c_meta_gradient', '08f_plugins', '08g_results', '09_train_eval_adapt'}
 NO_LECTURE = {'index', 'reference', '00_files', '00_registry', '00_style', '04e_lending', '04f_weights', '04g_guarded_learner', '04h_hooks', '08_config', '08a_checkpoints', '08c_pipeline', '08d_studies', '08e_command_line', '08f_plugins', '08g_results', '09_train_eval_adapt'}  # no idea is taught there, so nothing is drawn and no exercise given
-NOT_YET = {path.split('.')[0] for path in Path(__file__).with_name('not_yet.txt').read_text().split()}  # notebooks that are still to be rebuilt
 HAND_MADE = {'__init__.py', '__main__.py', '_modidx.py'}
 
 
@@ -141,12 +140,11 @@ def check(root):
         for module in found:
             if module in owner: say(f'exports module {module}, which {owner[module].name} exports too')
             owner[module] = path
-        if path.stem not in NOT_YET:
-            problems += [f'{path.name}: cell 0 {x}' for x in title(cells[path][0])]
-            problems += [f'{path.name}: cell {i} {x}' for i, c in enumerate(cells[path]) if c['cell_type'] == 'code' for x in long_code(c)]
-            if path.stem != '00_style': problems += [f'{path.name}: cell {i} {x}' for i, c in enumerate(cells[path]) if c['cell_type'] == 'code' for x in figures(c)]
-            if path.stem not in NO_LECTURE: problems += [f'{path.name}: {x}' for x in lecture(cells[path])]
-        if len(cells[path]) > (MAX_CELLS if path.stem not in NOT_YET else 90): say(f'{len(cells[path])} cells; at most {MAX_CELLS}, split it by idea')
+        problems += [f'{path.name}: cell 0 {x}' for x in title(cells[path][0])]
+        problems += [f'{path.name}: cell {i} {x}' for i, c in enumerate(cells[path]) if c['cell_type'] == 'code' for x in long_code(c)]
+        if path.stem != '00_style': problems += [f'{path.name}: cell {i} {x}' for i, c in enumerate(cells[path]) if c['cell_type'] == 'code' for x in figures(c)]
+        if path.stem not in NO_LECTURE: problems += [f'{path.name}: {x}' for x in lecture(cells[path])]
+        if len(cells[path]) > MAX_CELLS: say(f'{len(cells[path])} cells; at most {MAX_CELLS}, split it by idea')
         if path.stat().st_size > MAX_BYTES: say(f'{path.stat().st_size / 1e3:.0f} kB; at most {MAX_BYTES / 1e3:.0f}, use fewer or smaller figures')
         imported = set(foreign_imports(cells[path]))
         if missing := {name for name, needed in imported if needed} - installed(root, 'notebook'): say(f'imports {", ".join(sorted(missing))}, which the extra `notebook` does not install')
