@@ -500,7 +500,8 @@ def plot_gain(
     colours = [COLOURS['harm' if h else 'after'] for h in hurt]
     ax.scatter(pre, post, 22, colours, alpha=.85, zorder=3)
     ax.set(xlim=ends, ylim=ends, aspect='equal')
-    return dress(ax, f'Tasks made worse: {hurt.sum()} of {len(pre)}', 'return before', 'return after')
+    title = f'Tasks made worse: {hurt.sum()} of {len(pre)}'
+    return dress(ax, title, 'return before', 'return after')
 
 # %% ../nbs/07_plots.ipynb #07p00063
 def plot_rewards(

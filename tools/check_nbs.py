@@ -106,7 +106,7 @@ def figures(cell):
         width, height = (output['metadata'].get('image/png', {}).get(side, 0) for side in ('width', 'height'))
         if struct.unpack('>I', base64.b64decode(output['data']['image/png'])[16:20])[0] < 2 * width or not width: yield 'stores a figure without double resolution; call `use_style()` in the set-up cell'
         if width > WIDEST or height > HIGHEST: yield f'stores a figure of {width} x {height} pixels; at most {WIDEST} x {HIGHEST}, which is 6 x 3.5 inches'
-    if drawn and 'subplots(' in source(cell) and not re.search(r'dress\(|title', source(cell)): yield 'draws a figure without a title; use `dress`'
+    if drawn and 'subplots(' in source(cell) and not re.search(r'dress\(|title|plot_', source(cell)): yield 'draws a figure without a title; use `dress`'
     if (drawn or 'ax.' in source(cell)) and (own := re.findall(r"\bcmap='\w+'|\bcolor='(?!none|white)[^']*'|'C\d'|'tab:\w+'|'#[0-9A-Fa-f]{6}'|plt\.cm\.\w+", source(cell))): yield f'draws with {", ".join(sorted(set(own)))}; take `COLOURS`, `SERIES` or `colour_map()` of the module `style`'
 
 
