@@ -31,8 +31,9 @@ def digits_data(
     Raises ImportError without scikit-learn."""
     try: from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError("the digits come with scikit-learn, which is not installed; "
-                          "run: pip install 'ssm-metarl[digits]'") from error
+        raise ImportError("the digits come with scikit-learn, which is not installed; run: pip "
+                          "install 'ssm-metarl[digits] @ git+https://github.com/ssm-metarl/"
+                          "ssm-metarl', or in a clone: pip install -e '.[digits]'") from error
     found = load_digits()
     images = torch.from_numpy(found.images / 16).float().unsqueeze(1)
     labels = torch.from_numpy(found.target).long()
@@ -117,7 +118,10 @@ class DigitNet(nn.Module):
         "What the last layer sees."
         return self.body(x).mean((2, 3))
 
-    def forward(self, x):  # logits of the ten digits, and the features
+    def forward(self,
+                x: Tensor, # images [n, 1, 8, 8]
+               ) -> dict: # logits [n, 10], features [n, width]
+        "The logits of the ten digits, and the features that they are computed from."
         features = self.extract_features(x)
         return dict(logits=self.head(features), features=features)
 

@@ -209,10 +209,10 @@ class PointNavigation(Family):
         square = [(-.5, -.5), (.5, -.5), (.5, .5), (-.5, .5), (-.5, -.5)]
         canvas.line(square, (187, 187, 187))  # where goals are drawn from
         canvas.disc((0, 0), .02, (120, 120, 120))  # the start
-        green, white, blue = (0, 158, 115), (255, 255, 255), (0, 114, 178)
+        green, white, sky = (0, 158, 115), (255, 255, 255), (86, 180, 233)
         for radius, colour in ((.05, green), (.035, white), (.02, green)):
             canvas.disc(task['goal'], radius, colour)
-        canvas.disc(np.clip(state, -1.22, 1.22), .03, blue)  # at the edge, if it has left
+        canvas.disc(np.clip(state, -1.22, 1.22), .03, sky)  # at the edge, if it has left
         return canvas.array()
 
 # %% ../nbs/02_envs.ipynb #020041

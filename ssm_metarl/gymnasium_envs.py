@@ -322,8 +322,9 @@ class HalfCheetah(GymnasiumFamily):
         if not 0 <= mass < 1: raise ValueError(f'mass={mass} is not in [0, 1)')
         try: super().__init__(parallel)
         except gym.error.DependencyNotInstalled:
-            raise ImportError("the half-cheetah needs MuJoCo; "
-                              "install it with pip install 'ssm-metarl[mujoco]'") from None
+            raise ImportError("the half-cheetah needs MuJoCo; install the extra `mujoco`: "
+                              "pip install 'ssm-metarl[mujoco] @ "
+                              "git+https://github.com/ssm-metarl/ssm-metarl'") from None
         self.ranges = self.own_ranges | ({'mass': (1 - mass, 1 + mass)} if mass else {})
 
     def apply(self, env, task):

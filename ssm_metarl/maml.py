@@ -12,16 +12,14 @@ import torch
 from torch import Tensor
 
 from .inner_loop import stack
-from .meta_learner import (EVERYBODY, CompiledStep, MetaConfig, MetaLearner,
-                                     TrustRegionStep, by_steps, in_chunks, inner_step, mean_steps,
-                                     register_learner, returns_variance, support_logp,
-                                     support_terms)
+from .meta_learner import (
+    EVERYBODY, CompiledStep, MetaConfig, MetaLearner, TrustRegionStep, by_steps, in_chunks,
+    inner_step, mean_steps, register_learner, returns_variance, support_logp, support_terms)
 from .policy import SSMMetaPolicy, action_log_prob, entropy
-from .ranks import by_shares, gather_chunks, task_chunks
-from ssm_metarl.rollout import (Rollout, Trajectories, collect, discounted_sum, masked_mean,
-    policy_inputs,
-    require_finite)
 from .policy_gradient import advantages, policy_surrogate, value_loss
+from .ranks import by_shares, gather_chunks, task_chunks
+from .rollout import (
+    Rollout, Trajectories, collect, discounted_sum, masked_mean, policy_inputs, require_finite)
 
 # %% ../nbs/04_maml.ipynb #04m10019
 def query_losses(
@@ -51,6 +49,17 @@ def query_losses(
 # %% ../nbs/04_maml.ipynb #04m10021
 def _spread(traj):  # of the tasks' mean returns
     return traj.returns.mean(1).std(correction=0).item()
+
+
+def _updated(learner, results):  # one step with the gradient of all chunks: metrics, its norm
+    norm = learner.update()
+    loss, _, kl, clipped = gather_chunks(results)
+    return dict(loss=loss, kl=kl, clip_fraction=clipped), norm
+
+
+def _used(config):  # fields that both learners below use
+    fade = {'entropy_fade'} if config.entropy_coef else set()
+    return EVERYBODY | {'entropy_coef', 'tasks_per_chunk'} | fade
 
 
 def outer_metrics(
@@ -84,10 +93,10 @@ class MetaMAML(CompiledStep, TrustRegionStep, MetaLearner):
         pairs, params = by_shares(self.collect_some, tasks)
         return [(Trajectories(**traj), advantage) for traj, advantage in pairs], params
 
-    def collect_some(self, tasks, first):  # those from index `first` on; trajectories as dicts
+    def collect_some(self, tasks, first):
+        "Collect for the tasks from index `first` on, with trajectories as dicts."
         actor, adapt, judge = self.tools()
-        params = {k: v.detach() for k, v in stack(self.params, len(tasks)).items()}
-        pairs = []
+        params, pairs = {k: v.detach() for k, v in stack(self.params, len(tasks)).items()}, []
         for i in range(self.config.inner_steps + 1):
             traj = collect(self.policy, params, tasks, self.env, key=(self.step, i), start=first,
                            actor=actor)
@@ -101,7 +110,7 @@ class MetaMAML(CompiledStep, TrustRegionStep, MetaLearner):
     def adapted(self,
                 params: dict, # meta-parameters, [...]
                 support: list, # of (trajectories, advantage), one for each inner step
-                reached: dict = {}, # where they lead, if known and first order is enough, [M, ...]
+                reached: dict = None, # where they lead, if known and first order is enough [M, ...]
                 steps: Tensor = None, # `mean_steps` of each set in the whole batch, query last
                 gain: Tensor = None, # as `query_gain` gives it, [M]; None: without E-MAML's term
                ) -> tuple: # parameters after all inner steps [M, ...]; `support_terms`, [M]
@@ -122,7 +131,7 @@ class MetaMAML(CompiledStep, TrustRegionStep, MetaLearner):
                    query: Trajectories, # of the adapted policies
                    advantage: Tensor, # of the query, [M, K, T]
                    scale: Tensor = None, # as for `query_losses`
-                   reached: dict = {}, # as for `adapted`
+                   reached: dict = None, # as for `adapted`
                    steps: Tensor = None, # as for `adapted`; None: of these tasks
                    gain: Tensor = None, # as for `adapted`
                   ) -> tuple: # as `query_losses`
@@ -134,13 +143,12 @@ class MetaMAML(CompiledStep, TrustRegionStep, MetaLearner):
                                    scale, steps=steps[-1])
         return loss + extra, *rest
 
-    def outer_epoch(self, support, query, advantage, reached={}):  # one step of Adam, in chunks
+    def outer_epoch(self, support, query, advantage, reached=None):
+        "Take one step of Adam, with a gradient that is summed up chunk by chunk."
         self.optimizer.zero_grad()
-        results = [self.accumulate_chunk(chunk, len(advantage), start)
-                   for start, chunk in in_chunks(self.config, support, query, advantage, reached)]
-        norm = self.update()
-        loss, _, kl, clipped = gather_chunks(results)
-        return dict(loss=loss, kl=kl, clip_fraction=clipped), norm
+        chunks = in_chunks(self.config, support, query, advantage, reached or {})
+        results = [self.accumulate_chunk(chunk, len(advantage), at) for at, chunk in chunks]
+        return _updated(self, results)
 
     def outer_step(self, tasks):
         with self.all_or_nothing():
@@ -148,27 +156,28 @@ class MetaMAML(CompiledStep, TrustRegionStep, MetaLearner):
             if self.config.outer == 'trpo':
                 last, norm = self.trust_region_step(support, query, advantage)
             else:
-                if not self.knows_where_steps_lead: reached = {}
-                for i in range(self.config.outer_epochs):
-                    known = {} if i else reached
+                known = reached if self.knows_where_steps_lead else None
+                for _ in range(self.config.outer_epochs):
                     last, norm = self.outer_epoch(support, query, advantage, known)
+                    known = None  # θ has moved
             self.step += 1
         target = discounted_sum(query.reward.masked_fill(~query.mask, 0), self.config.gamma)
         return outer_metrics(support, query, last, norm, target)
 
     @property
-    def first_order(self) -> bool: return self.config.first_order # no second derivatives
+    def first_order(self) -> bool:
+        "Whether second derivatives are left out."
+        return self.config.first_order
 
     @property
-    def knows_where_steps_lead(self) -> bool: # in the first epoch, from collecting
+    def knows_where_steps_lead(self) -> bool:
+        "Whether the first epoch can take the adapted parameters from collecting."
         more = self.config.inner_kl or self.config.exploration_term
         return self.first_order and not more and len(self.learned) == len(self.params)
 
     @classmethod
     def used_fields(cls, config):
-        used = EVERYBODY | {'inner_steps', 'first_order', 'outer', 'tasks_per_chunk',
-                            'entropy_coef', 'exploration_term'}
-        if config.entropy_coef: used |= {'entropy_fade'}
+        used = _used(config) | {'inner_steps', 'first_order', 'outer', 'exploration_term'}
         if config.outer == 'trpo': return used | {'max_kl'}
         if config.outer_epochs > 1: used |= {'clip', 'inner_kl'}  # before that no ratio is not 1
         return used | {'outer_epochs', 'compile'}
@@ -190,7 +199,8 @@ class JointTraining(MetaLearner):
         advantage = advantages(traj, gamma, self.config.gae_lambda)
         return advantage, returns, returns_variance(traj, gamma)
 
-    def epoch(self, traj, advantage, returns, unit):  # one step of Adam, chunk by chunk
+    def epoch(self, traj, advantage, returns, unit):
+        "Take one step of Adam, with a gradient that is summed up chunk by chunk."
         M, results, steps = len(advantage), [], mean_steps(traj)
         self.optimizer.zero_grad()
         for rows in task_chunks(M, self.config.tasks_per_chunk):
@@ -198,11 +208,10 @@ class JointTraining(MetaLearner):
                                  self.config_now, unit, returns[rows], steps)
             self.accumulate(*found[:2], M, rows.start)
             results.append(found)
-        norm = self.update()
-        loss, _, kl, clipped = gather_chunks(results)
-        return dict(loss=loss, kl=kl, clip_fraction=clipped), norm
+        return _updated(self, results)
 
-    def collect_some(self, tasks, first):  # as a dict; then the value of what a cut left out
+    def collect_some(self, tasks, first):
+        "Play the tasks from index `first` on: a dict, then the value of what a cut left out."
         rollout = Rollout(self.policy, tasks, self.env, key=(self.step, 0), start=first,
                           bootstrap=self.config.bootstrap)
         params = {k: v.detach() for k, v in self.params.items()}
@@ -221,6 +230,5 @@ class JointTraining(MetaLearner):
 
     @classmethod
     def used_fields(cls, config):
-        used = EVERYBODY | {'outer_epochs', 'entropy_coef', 'tasks_per_chunk', 'bootstrap'}
-        if config.entropy_coef: used |= {'entropy_fade'}
+        used = _used(config) | {'outer_epochs', 'bootstrap'}
         return used | {'clip'} if config.outer_epochs > 1 else used

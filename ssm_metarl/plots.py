@@ -85,8 +85,9 @@ def plot_training(
         ax.plot(_steps(history), y, color=COLOURS[name], lw=1, alpha=.35)
         ax.plot(_steps(history), running_mean(y, window), color=COLOURS[name], lw=2,
                 label=f'{name} adaptation')
-        label = 'validation tasks' if name == 'after' else None
-        _draw_validation(ax, history, key, label=label, color=COLOURS[name])
+        _draw_validation(ax, history, key, color=COLOURS[name])
+    if any(h.get('validation') for h in history):
+        ax.plot([], [], 'o', ms=4, color=COLOURS['ink'], label='validation tasks')
     draw_references(ax, references)
     legend_above(ax)
     found = f'{number(y[:window].mean())} → {number(y[-window:].mean())}'
@@ -421,7 +422,8 @@ class Animation:
                  fps: float = 20., # frames per second
                  rest: float = 1.5): # seconds that the last one stays
         from PIL import Image
-        palette = Image.fromarray(np.concatenate([frames[0], frames[-1]])).quantize(128)
+        ends = Image.fromarray(np.concatenate([frames[0], frames[-1]]))
+        palette = ends.quantize(128, Image.Quantize.MAXCOVERAGE)
         colours = np.reshape(palette.getpalette(), (-1, 3))
         colours[colours.min(1) > 240] = 255  # paper stays white
         palette.putpalette(colours.ravel().tolist())
@@ -439,7 +441,8 @@ class Animation:
     def _repr_png_(self):
         buffer = io.BytesIO()
         self._write(buffer, 'PNG')
-        return buffer.getvalue()
+        width, height = self.images[0].size  # twice as many pixels as are shown, as in `use_style`
+        return buffer.getvalue(), dict(width=width // 2, height=height // 2)
 
     def save(self,
              path: str): # ends in .gif or .png
@@ -479,7 +482,7 @@ def plot_returns_by_step(
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     draw_references(ax, references)
     title = f'Return: {number(mean[0])} → {number(mean[-1])}, {M} task{"s" * (M > 1)}'
-    return dress(ax, title, 'adaptation steps', 'return (mean, 95 % over tasks)')
+    return dress(ax, title, 'gradient steps', 'return (mean, 95 % over tasks)')
 
 # %% ../nbs/07_plots.ipynb #07p00060
 def plot_gain(
@@ -497,7 +500,8 @@ def plot_gain(
     colours = [COLOURS['harm' if h else 'after'] for h in hurt]
     ax.scatter(pre, post, 22, colours, alpha=.85, zorder=3)
     ax.set(xlim=ends, ylim=ends, aspect='equal')
-    return dress(ax, f'{hurt.sum()} of {len(pre)} tasks were hurt', 'return before', 'return after')
+    title = f'Tasks made worse: {hurt.sum()} of {len(pre)}'
+    return dress(ax, title, 'return before', 'return after')
 
 # %% ../nbs/07_plots.ipynb #07p00063
 def plot_rewards(
@@ -567,7 +571,7 @@ def plot_experiment(
         drawn += ax.plot(values, mark, color=grey, ms=9, label=f'{source}: mean')
     if (nothing := table[0]['references'].get('nothing')) is not None:
         drawn.append(ax.axhline(nothing, color=grey, lw=1, ls=REFERENCES['nothing'],
-                                label='do nothing'))
+                                label='nothing'))
     ax.set_xticks(range(max(len(row['iqm']) for row in table)))
     ax.figure.legend(handles=drawn, loc='outside lower left', ncols=2, frameon=False, fontsize=9,
                      labelcolor=COLOURS['ink'])

@@ -51,7 +51,7 @@ class Reptile(MetaMAML):
                    query: Trajectories, # of the adapted policies, for the value head
                    advantage: Tensor, # of the query, [M, K, T]
                    scale: Tensor = None, # as for `query_losses`
-                   reached: dict = {}, # as for `adapted`
+                   reached: dict = None, # as for `adapted`
                    steps: Tensor = None, # as for `MetaMAML.outer_loss`
                   ) -> tuple: # distance with ProMP's penalty [M]; error of the value head; KL
         "Half the squared distance to where adaptation leads, over alpha."

@@ -13,8 +13,8 @@ from .envs import EnvConfig
 from .meta_learner import LEARNERS, MetaConfig, register_learner
 from .maml import JointTraining
 from .policy import SSMMetaPolicy
-from .rollout import Trajectories, discounted_sum
 from .policy_gradient import gae
+from .rollout import Trajectories, discounted_sum
 
 # %% ../nbs/04b_rl2.ipynb #04b1026
 def over_batch(
@@ -80,7 +80,9 @@ class RL2(JointTraining):
         self.compare(config.tasks_per_batch * env.num_envs)
         super().__init__(policy, env, config, device)
 
-    def compare(self, trials):  # whether there are two to compare
+    def compare(self,
+                trials: int): # in a batch
+        "Raises ValueError for a single trial, since nothing can be compared with it."
         if trials < 2:
             raise ValueError(f'a batch of {trials} trial has nothing to compare it with, so RL² '
                              'would learn nothing; take tasks_per_batch or num_envs of 2 or more')

@@ -126,10 +126,11 @@ def _picture(figure):  # PNG with 256 colours, and the size with which it is sho
 def use_style() -> None:
     "Draw all figures of a notebook in the look of the course, at double resolution."
     from IPython import get_ipython
+    plt = pyplot()
+    plt.switch_backend(plt.get_backend())  # a later start would undo what follows
+    plt.rcParams.update(_defaults())
     if (shell := get_ipython()) is not None:  # not in a script
-        shell.run_line_magic('matplotlib', 'inline')
-        shell.display_formatter.formatters['image/png'].for_type(pyplot().Figure, _picture)
-    pyplot().rcParams.update(_defaults())
+        shell.display_formatter.formatters['image/png'].for_type(plt.Figure, _picture)
 
 # %% ../nbs/00_style.ipynb #00sy028
 def number(

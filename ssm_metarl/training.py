@@ -419,6 +419,7 @@ def train(
     `best.npz` after the best validation, metrics in `train.jsonl`. Ctrl-C ends it after the step.
     Without `resume`, an earlier run there is moved to a subfolder."""
     schedule, folder = Schedule(**schedule), Path(writable_folder(ckpt_dir))
+    with Stops(None): import torch._dynamo  # Adam does; broken off in the middle it stays broken
     with joined(device), ExitStack() as stack:
         require_same('the experiment', repr((config, schedule, resume)))
         with unanimous():

@@ -228,7 +228,7 @@ class Weights:
                  target, # nn.Module, or dict name -> [M, ...]
                  config: AdaptationConfig, # what to select
                  stacked: bool, # is it the dict?
-                 selection: dict = {}): # of the strategy, see `strategy_selection`
+                 selection: dict = None): # of the strategy, see `strategy_selection`; None: all
         check_target(target, stacked)
         self.target, self.stacked = target, stacked
         if stacked: self.target = {k: v.detach().clone() for k, v in target.items()}

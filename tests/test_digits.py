@@ -134,7 +134,9 @@ def test_prototypes_are_those_of_the_papers_code(source):
 
 def test_missing_scikit_learn(monkeypatch):
     monkeypatch.setitem(sys.modules, 'sklearn.datasets', None)
-    with pytest.raises(ImportError, match=r"pip install 'ssm-metarl\[digits\]'"): digits_data(0)
+    with pytest.raises(ImportError, match='not installed') as caught: digits_data(0)
+    assert "run: pip install 'ssm-metarl[digits] @ git+https://github.com/ssm-metarl/ssm-metarl'" in str(caught.value)
+    assert "in a clone: pip install -e '.[digits]'" in str(caught.value)
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 import gc
 import importlib
 import pickle
+from configparser import ConfigParser
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -13,7 +15,7 @@ from ssm_metarl.env_checks import check_family
 from ssm_metarl.batch import EnvBatch, play_actions
 from ssm_metarl.envs import EnvConfig, register_family, sample_tasks, unregister_family
 from ssm_metarl.evaluation import reference_returns
-from ssm_metarl.gymnasium_envs import MAX_WAITING, WAITING, GymnasiumBatch, GymnasiumFamily
+from ssm_metarl.gymnasium_envs import MAX_WAITING, WAITING, GymnasiumBatch, GymnasiumFamily, HalfCheetahVel
 from ssm_metarl.policy import PolicyConfig, SSMMetaPolicy
 from ssm_metarl.rollout import collect
 
@@ -357,6 +359,16 @@ def test_meta_world_reach():
 def cheetah(name, tasks, **options):
     pytest.importorskip('mujoco')
     return EnvBatch(EnvConfig(name, len(tasks), 30, options=options), tasks)
+
+
+def test_without_mujoco_the_message_names_an_extra_and_the_repository_that_exist(monkeypatch):
+    def missing(family): raise gym.error.DependencyNotInstalled('no MuJoCo')
+    monkeypatch.setattr(HalfCheetahVel, 'find_spaces', missing)
+    monkeypatch.setattr(HalfCheetahVel, 'found_spaces', {}, raising=False)
+    with pytest.raises(ImportError, match='the half-cheetah needs MuJoCo; install the extra `mujoco`') as info: HalfCheetahVel()
+    settings = ConfigParser(delimiters=['='])
+    settings.read(Path(__file__).parents[1] / 'settings.ini', encoding='utf-8')
+    assert f"pip install 'ssm-metarl[mujoco] @ git+{settings['DEFAULT']['git_url']}'" in str(info.value) and 'mujoco_requirements' in settings['DEFAULT']
 
 
 def test_rewards_of_the_half_cheetah():

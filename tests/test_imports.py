@@ -53,4 +53,4 @@ drawn = 'matplotlib.pyplot' in sys.modules
 picture = Canvas(4, 3, 1.).image.size
 ax = plot_returns_by_step(np.zeros((3, 1)))
 print(json.dumps([bool(bounds), drawn, picture, ax.get_xlabel()]))'''
-    assert fresh(script) == [True, False, [12, 9], 'adaptation steps']
+    assert fresh(script) == [True, False, [12, 9], 'gradient steps']

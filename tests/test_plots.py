@@ -126,7 +126,7 @@ def test_films_can_be_read_again(kind, tmp_path):
         if still: assert (np.array(read.convert('RGB')) == np.array(film.images[-1].convert('RGB'))).all()
         read.seek(still)
         assert read.info['duration'] == 100 and (np.array(read.convert('RGB')) == np.array(film.images[0].convert('RGB'))).all()
-    assert film._repr_png_()[:8] == b'\x89PNG\r\n\x1a\n'
+    assert film._repr_png_()[0][:8] == b'\x89PNG\r\n\x1a\n'
 
 
 def test_paper_stays_white():

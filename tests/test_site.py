@@ -16,6 +16,7 @@ import check_nbs  # noqa: E402
 import fold  # noqa: E402
 import foot  # noqa: E402
 import preview  # noqa: E402
+import readme  # noqa: E402
 import reference  # noqa: E402
 import sidebar  # noqa: E402
 
@@ -156,9 +157,27 @@ def test_a_foot_is_written_once_and_kept_true():
     assert foot.put(notebook, 'Title', line) and not foot.put(notebook, 'Title', line) and notebook.cells[0].source == '# Title\n\n> what it is'
 
 
+def test_home_names_each_page_as_the_sidebar_does_and_adds_up_its_minutes():
+    text = '\n'.join(cell.source for cell in nbformat.read(readme.HOME, 4).cells if cell.cell_type == 'markdown')
+    rows = [line.split(' | ') for line in text.splitlines() if line.startswith('| [')]
+    assert sorted(row[0] for row in rows) == sorted(f'| [{name}]({file})' for file, name in sidebar.links(sidebar.contents()) if file not in ('index.ipynb', 'reference.ipynb'))
+    minutes = [int(row[1]) for row in rows if row[1].isdigit()]
+    assert len(minutes) == 11 and f'| **in all** | **{sum(minutes)}** |' in text
+    wrong = text.replace('[01 A policy with a memory](01_policy.ipynb) | 30 |', '[Policy](01_policy.ipynb) | 7 |').replace('**in all** | **', '**in all** | **1')
+    assert wrong != text and readme.with_pages(wrong) == text
+    own = 'see [the policy](01_policy.ipynb), and\n| [a table](https://x.org) | 1 |'
+    assert readme.with_pages(own) == own
+
+
+def test_a_page_says_how_long_it_takes():
+    page = lambda *texts: new_notebook(cells=[new_markdown_cell(text) for text in ('# Page', *texts)])
+    assert readme.minutes(page('It takes half an hour.', 'In 5 minutes')) == 30 and readme.minutes(page('*35 minutes, if you skim.*')) == 35
+    with pytest.raises(SystemExit, match="'# Page' does not say how many minutes"): readme.minutes(page('Nothing', *'abcdef', '40 minutes'))
+
+
 def test_imports_and_folded_cells_are_folded_in_jupyterlab():
     sources = {'import os\nfrom x import y': True, '#| export\nimport os': True, '#| code-fold: true\n#| code-summary: "Tests"\nassert True': True, 'import os\nprint(1)': False,
-               '#| code-fold: show\nx = 1': False, '#| hide\nassert True': True, '#| echo: false\nx': True, '%matplotlib inline': False, '# import os': False}
+               '#| code-fold: show\nx = 1': False, '#| code-fold: show\nimport os': False, '#| hide\nassert True': True, '#| echo: false\nx': True, '%matplotlib inline': False, '# import os': False}
     notebook = new_notebook(cells=[new_code_cell(source) for source in sources])
     notebook.cells[3].metadata['jupyter'] = {'outputs_hidden': True}
     assert fold.fold(notebook) and not fold.fold(notebook)

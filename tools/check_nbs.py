@@ -11,7 +11,6 @@ from pathlib import Path
 MAX_CELLS, MAX_BYTES, MAX_COLUMNS, MAX_LINES, MAX_CLASS, MAX_METHOD, WIDEST, HIGHEST = 80, 1_500_000, 100, 60, 100, 15, 580, 340  # of a figure: 6 x 3.5 inches with its margin, at 96 pixels an inch
 NO_MODULE = {'index', 'reference', '03c_meta_gradient', '08f_plugins', '08g_results', '09_train_eval_adapt'}
 NO_LECTURE = {'index', 'reference', '00_files', '00_registry', '00_style', '04e_lending', '04f_weights', '04g_guarded_learner', '04h_hooks', '08_config', '08a_checkpoints', '08c_pipeline', '08d_studies', '08e_command_line', '08f_plugins', '08g_results', '09_train_eval_adapt'}  # no idea is taught there, so nothing is drawn and no exercise given
-NOT_YET = {path.split('.')[0] for path in Path(__file__).with_name('not_yet.txt').read_text().split()}  # notebooks that are still to be rebuilt
 HAND_MADE = {'__init__.py', '__main__.py', '_modidx.py'}
 
 
@@ -93,6 +92,13 @@ def title(cell):
     if not re.fullmatch(r'# [^\n]+\n\n> [^\n]+\n?', source(cell)): yield 'is not a title and a `> description` alone'
 
 
+def opening(cells):
+    "What the first paragraphs leave out: how long a notebook takes, and what a reader needs."
+    text = ' '.join(source(cell) for cell in cells[1:9] if cell['cell_type'] == 'markdown')
+    if not re.search(r'\b\d+\s+minutes', text): yield 'does not open with a reading time (`It takes 20 minutes`)'
+    if not re.search(r'\b[Nn]eeds?\b|\bRead\b|\bknow\b|have read', text): yield 'does not open with what a reader needs'
+
+
 def is_figure(cell):
     "A picture with a text for those who cannot see it."
     if cell['cell_type'] == 'markdown': return re.search(r'!\[[^\]]+\]\(', source(cell)) is not None
@@ -107,7 +113,7 @@ def figures(cell):
         width, height = (output['metadata'].get('image/png', {}).get(side, 0) for side in ('width', 'height'))
         if struct.unpack('>I', base64.b64decode(output['data']['image/png'])[16:20])[0] < 2 * width or not width: yield 'stores a figure without double resolution; call `use_style()` in the set-up cell'
         if width > WIDEST or height > HIGHEST: yield f'stores a figure of {width} x {height} pixels; at most {WIDEST} x {HIGHEST}, which is 6 x 3.5 inches'
-    if drawn and 'subplots(' in source(cell) and not re.search(r'dress\(|title', source(cell)): yield 'draws a figure without a title; use `dress`'
+    if drawn and 'subplots(' in source(cell) and not re.search(r'dress\(|title|plot_', source(cell)): yield 'draws a figure without a title; use `dress`'
     if (drawn or 'ax.' in source(cell)) and (own := re.findall(r"\bcmap='\w+'|\bcolor='(?!none|white)[^']*'|'C\d'|'tab:\w+'|'#[0-9A-Fa-f]{6}'|plt\.cm\.\w+", source(cell))): yield f'draws with {", ".join(sorted(set(own)))}; take `COLOURS`, `SERIES` or `colour_map()` of the module `style`'
 
 
@@ -141,12 +147,11 @@ def check(root):
         for module in found:
             if module in owner: say(f'exports module {module}, which {owner[module].name} exports too')
             owner[module] = path
-        if path.stem not in NOT_YET:
-            problems += [f'{path.name}: cell 0 {x}' for x in title(cells[path][0])]
-            problems += [f'{path.name}: cell {i} {x}' for i, c in enumerate(cells[path]) if c['cell_type'] == 'code' for x in long_code(c)]
-            if path.stem != '00_style': problems += [f'{path.name}: cell {i} {x}' for i, c in enumerate(cells[path]) if c['cell_type'] == 'code' for x in figures(c)]
-            if path.stem not in NO_LECTURE: problems += [f'{path.name}: {x}' for x in lecture(cells[path])]
-        if len(cells[path]) > (MAX_CELLS if path.stem not in NOT_YET else 90): say(f'{len(cells[path])} cells; at most {MAX_CELLS}, split it by idea')
+        problems += [f'{path.name}: cell 0 {x}' for x in title(cells[path][0])]
+        problems += [f'{path.name}: cell {i} {x}' for i, c in enumerate(cells[path]) if c['cell_type'] == 'code' for x in long_code(c)]
+        if path.stem != '00_style': problems += [f'{path.name}: cell {i} {x}' for i, c in enumerate(cells[path]) if c['cell_type'] == 'code' for x in figures(c)]
+        if path.stem not in NO_LECTURE: problems += [f'{path.name}: {x}' for x in lecture(cells[path])]
+        if len(cells[path]) > MAX_CELLS: say(f'{len(cells[path])} cells; at most {MAX_CELLS}, split it by idea')
         if path.stat().st_size > MAX_BYTES: say(f'{path.stat().st_size / 1e3:.0f} kB; at most {MAX_BYTES / 1e3:.0f}, use fewer or smaller figures')
         imported = set(foreign_imports(cells[path]))
         if missing := {name for name, needed in imported if needed} - installed(root, 'notebook'): say(f'imports {", ".join(sorted(missing))}, which the extra `notebook` does not install')

@@ -1,5 +1,5 @@
 """Fold in JupyterLab what the site folds or does not show: cells of imports alone, and cells with `#| code-fold: true`
-(tests and solutions), `#| echo: false` or `#| hide`.
+(tests and solutions), `#| echo: false` or `#| hide`. A cell with `#| code-fold: show` stays open.
 
     python tools/fold.py                 # set the metadata of every notebook's cells
     python tools/fold.py 03b 04_maml     # of those whose names begin so
@@ -24,7 +24,8 @@ def only_imports(source):
 
 def is_folded(cell):
     marked = re.search(r'^#\|\s*(code-fold:\s*true|echo:\s*false|hide)\b', cell.source, re.M) is not None
-    return cell.cell_type == 'code' and (marked or only_imports(cell.source))
+    shown = re.search(r'^#\|\s*code-fold:\s*show\b', cell.source, re.M) is not None
+    return cell.cell_type == 'code' and (marked or only_imports(cell.source) and not shown)
 
 
 def fold(notebook):
