@@ -148,7 +148,7 @@ def digits_table(
     return table
 
 # %% ../nbs/08d_studies.ipynb #08s0012
-MODE_COLOURS = dict(free=SERIES[1], guarded=SERIES[0], gated=SERIES[2])
+MODE_COLOURS = dict(free=SERIES[1], guarded=SERIES[0], gated=COLOURS['after'])
 
 
 def _draw_panel(ax, rows, strategies):  # errors with their intervals
