@@ -92,6 +92,13 @@ def title(cell):
     if not re.fullmatch(r'# [^\n]+\n\n> [^\n]+\n?', source(cell)): yield 'is not a title and a `> description` alone'
 
 
+def opening(cells):
+    "What the first paragraphs leave out: how long a notebook takes, and what a reader needs."
+    text = ' '.join(source(cell) for cell in cells[1:9] if cell['cell_type'] == 'markdown')
+    if not re.search(r'\b\d+\s+minutes', text): yield 'does not open with a reading time (`It takes 20 minutes`)'
+    if not re.search(r'\b[Nn]eeds?\b|\bRead\b|\bknow\b|have read', text): yield 'does not open with what a reader needs'
+
+
 def is_figure(cell):
     "A picture with a text for those who cannot see it."
     if cell['cell_type'] == 'markdown': return re.search(r'!\[[^\]]+\]\(', source(cell)) is not None
