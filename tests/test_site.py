@@ -78,6 +78,9 @@ def test_links_lead_inside_a_copy_of_the_site():
     cell = new_markdown_cell(f'[`x`]({home}ssm.html#x) <a href="{home}ssm.html#ssm.f">f</a> [out](https://example.org/)')
     reference.local_links(cell)
     assert cell.source == '[`x`](ssm.html#x) <a href="ssm.html#ssm.f">f</a> [out](https://example.org/)'
+    inside = new_markdown_cell(f'the function [[`scan`]({home}scan.html#scan)](00_scan.ipynb) takes')
+    reference.local_links(inside)
+    assert inside.source == 'the function [`scan`](00_scan.ipynb) takes'
     code = new_code_cell('x', outputs=[new_output('display_data', {'text/markdown': f'see [y]({home}y.html)'})])
     reference.local_links(code)
     assert code.outputs[0].data['text/markdown'] == 'see [y](y.html)'

@@ -168,10 +168,16 @@ def fold_source(cell):
 
 
 def local_links(cell):
-    "Links between pages without the address of the published site, so that a copy of the site leads to itself."
+    """Links between pages without the address of the published site, so that a copy of the site leads to itself; and one link where
+    nbdev has put a second one into the text of a link, which Markdown does not allow."""
     cfg = get_config()
     home = f'{cfg.doc_host}{cfg.doc_baseurl}/'
-    if cell.cell_type == 'markdown': cell.source = cell.source.replace(f']({home}', '](').replace(f'href="{home}', 'href="')
+
+    def mended(text):
+        text = text.replace(f']({home}', '](').replace(f'href="{home}', 'href="')
+        return re.sub(r'\[\[(`[^`]*`)\]\([^)]*\)\]', r'[\1]', text)
+
+    if cell.cell_type == 'markdown': cell.source = mended(cell.source)
     for output in cell.get('outputs', []):
         data = output.get('data', {})
-        if 'text/markdown' in data: data['text/markdown'] = ''.join(data['text/markdown']).replace(f']({home}', '](').replace(f'href="{home}', 'href="')
+        if 'text/markdown' in data: data['text/markdown'] = mended(''.join(data['text/markdown']))
