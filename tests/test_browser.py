@@ -127,7 +127,7 @@ def hand(lab):
 
 def all_widgets_show(hand):
     assert hand.errors() == []
-    for source, css in (('player = goal_player', '.goal-canvas'), ('knobs(player)', '.jupyter-widgets'), ('bandit_player = ', '.jupyter-widgets img'), ('panel = ', '.jupyter-widgets button')):
+    for source, css in (('player = goal_player', '.goal-canvas'), ('knobs(player)', '.jupyter-widgets'), ('bandit_player = ', '.jupyter-widgets img'), ('BeatThePolicy(', '.jupyter-widgets button'), ('panel = ', '.jupyter-widgets button')):
         assert hand.go_to(source, css)
     assert hand.errors() == []
 
@@ -234,6 +234,14 @@ def the_memory_is_cut(hand):
     hand.shot('bandit_cut')
 
 
+def a_reader_plays_against_the_policy(hand):
+    def arm(): return hand.go_to('BeatThePolicy(', 'button')[0]
+    def text(): return '\n'.join(x.text for x in hand.go_to('BeatThePolicy(', '.widget-html'))
+    for _ in range(30): arm().click()
+    until(lambda: 'the policy' in text() and 'Gittins' in text(), 'what the others win', 30)
+    hand.shot('beaten')
+
+
 def a_training_is_watched_and_stopped(hand):
     def button(name): return next(b for b in hand.go_to('panel = ', 'button') if b.text == name)
     def text(): return '\n'.join(x.text for x in hand.go_to('panel = ', '.widget-html'))
@@ -278,5 +286,5 @@ def widgets_say_when_their_kernel_is_gone(hand):
 
 def test_the_final_notebook_in_a_browser(hand):  # one test: the steps build on each other, and starting a browser for each would take minutes
     for step in (all_widgets_show, the_goal_is_dragged, the_slider_asks_nobody, a_knob_adapts_anew, a_path_belongs_to_the_goal_beside_it,
-                 a_button_sets_the_knobs_and_the_axis_holds_bad_returns, the_memory_is_cut, a_training_is_watched_and_stopped, a_narrow_window_holds_all_buttons,
+                 a_button_sets_the_knobs_and_the_axis_holds_bad_returns, the_memory_is_cut, a_reader_plays_against_the_policy, a_training_is_watched_and_stopped, a_narrow_window_holds_all_buttons,
                  widgets_say_when_their_kernel_is_gone): step(hand)
