@@ -15,13 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .memory import SSMStack, SSMStackConfig
 from .files import LayerConfig, Persistent
-from .registry import Registry
-from .scan import check_reset
-from .ssm import SSM, Discretised, SSMConfig
 from .linear import between, drawn, dynamic, dynamics_dtype, linear
-from .scan import scan
+from .memory import SSMStack, SSMStackConfig
+from .registry import Registry
+from .scan import check_reset, scan
+from .ssm import SSM, Discretised, SSMConfig
 
 # %% ../nbs/00b_cores.ipynb #00b0007
 class Memoryless(SSM):

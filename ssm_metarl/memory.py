@@ -16,12 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .files import Persistent, check_counts
-from .linear import between, drawn
-from .ssm import SSM, Discretised, SSMConfig
-from .files import plain_numbers
-from .linear import dynamic, linear, product
-from .ssm import eigenvalues, step_factors
+from .files import Persistent, check_counts, plain_numbers
+from .linear import between, drawn, dynamic, linear, product
+from .ssm import SSM, Discretised, SSMConfig, eigenvalues, step_factors
 
 # %% ../nbs/00a_memory.ipynb #00a0011
 class Selective(Discretised):

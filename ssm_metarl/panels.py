@@ -520,9 +520,11 @@ class BanditPlayer(FigurePanel):
                  env: EnvConfig, # the bandit, T pulls
                  read: ReadOut, # of the mean of the posterior
                  chance: tuple = (.3, .7), # of each arm, at first
-                 game: int = 0): # that is shown at first: chooses the luck
+                 game: int = 0, # that is shown at first: chooses the luck
+                 read_cut: ReadOut = None): # the same where the memory is cut; None: `read`
         import ipywidgets as W
-        self.policy, self.params, self.env, self.read = policy, params, env, read
+        self.policy, self.params, self.env = policy, params, env
+        self.reads = {False: read, True: read_cut or read}
         arms = {f'arm_{i + 1}': W.FloatSlider(p, min=0, max=1, step=.05,
                                               description=f'arm {i + 1} pays')
                 for i, p in enumerate(chance)}
@@ -535,7 +537,7 @@ class BanditPlayer(FigurePanel):
         chance = np.array([*arms.values()], np.float32)
         traj, states = watch_memory(self.policy, self.params, [dict(chance=chance)],
                                     replace(self.env, seed=game), cut)
-        return bandit_figure(chance, traj, states, self.read)
+        return bandit_figure(chance, traj, states, self.reads[cut])
 
 # %% ../nbs/07b_panels.ipynb #07b10089
 class BeatThePolicy:
@@ -612,9 +614,10 @@ def read_navigator(
     tasks: list, # M tasks
     env: EnvConfig, # rotated navigation
     fitted: ReadOut = None, # what to judge on these tasks; None: fit one
+    cut: bool = False, # whether the memory is cut before every step
 ): # ReadOut of the hidden numbers; or what `fitted` explains of each, [T, 4]
     "What position and state know of goal and angle."
-    traj, states = watch_memory(policy, params, tasks, env)
+    traj, states = watch_memory(policy, params, tasks, env, cut)
     hidden = np.stack([hidden_numbers(task) for task in tasks])[:, None]
     wanted = np.broadcast_to(hidden, (*states.shape[:2], 4))
     data = _seen_and_known(traj, states), wanted, traj.mask[:, 0].numpy()
@@ -668,9 +671,11 @@ class WalkPlayer(FigurePanel):
                  read: ReadOut, # of the hidden numbers
                  goal: tuple = (.3, .4), # at first
                  angle: float = 90., # degrees, at first
-                 game: int = 0): # that is shown at first: chooses the noise of the actions
+                 game: int = 0, # that is shown at first: chooses the noise of the actions
+                 read_cut: ReadOut = None): # the same where the memory is cut; None: `read`
         import ipywidgets as W
-        self.policy, self.params, self.env, self.read = policy, params, env, read
+        self.policy, self.params, self.env = policy, params, env
+        self.reads = {False: read, True: read_cut or read}
         row = dict(min=-.5, max=.5, step=.05)
         super().__init__(self.picture, dict(
             x=W.FloatSlider(goal[0], description='goal, x', **row),
@@ -684,7 +689,7 @@ class WalkPlayer(FigurePanel):
         task = dict(goal=np.float32([x, y]), rotation=np.float32(math.radians(angle)))
         traj, states = watch_memory(self.policy, self.params, [task],
                                     replace(self.env, seed=game), cut)
-        return walk_figure(task, traj, states, self.read)
+        return walk_figure(task, traj, states, self.reads[cut])
 
 # %% ../nbs/07b_panels.ipynb #07b10046
 @lru_cache(maxsize=None)

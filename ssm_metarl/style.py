@@ -15,7 +15,7 @@ COLOURS = dict(
     before='#E69F00', # without adaptation
     after='#0072B2', # with adaptation
     goal='#009E73', # what is sought: the goal of a task, the right answer
-    harm='#D55E00', # what went wrong, and where nothing should be
+    harm='#D55E00', # what went wrong; places where no point should be
     reference='#666666', # players and values to compare with
     faint='#BBBBBB', # helping lines
     ink='#444444', # text and ticks
@@ -95,7 +95,7 @@ def legend_right(
 def colour_map(
     signed: bool = False, # True: numbers around 0; False: amounts from 0 on
 ): # matplotlib colour map
-    "White to ink for amounts; pink, white, sky blue for signed numbers: none of `COLOURS`."
+    "White to ink for amounts; pink, white, sky blue for signed numbers: none that has a meaning."
     from matplotlib.colors import LinearSegmentedColormap
     if signed: return LinearSegmentedColormap.from_list('signed', [SERIES[1], 'white', SERIES[0]])
     return LinearSegmentedColormap.from_list('amount', ['white', COLOURS['ink']])

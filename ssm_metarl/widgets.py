@@ -564,7 +564,7 @@ def png_of(
 def new_figure(
     width: float = 6., # inches
     height: float = 3., # inches
-    dpi: int = 144, # pixels per inch
+    dpi: int = 192, # pixels per inch: twice as many as are shown
 ): # matplotlib's Figure
     "An empty figure that `pyplot` does not know, so that any thread may draw on it."
     from matplotlib.figure import Figure
