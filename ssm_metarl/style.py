@@ -119,7 +119,7 @@ def _picture(figure):  # PNG with 256 colours, and the size with which it is sho
     figure.savefig(drawn, dpi=2 * 96, bbox_inches='tight', pad_inches=.04)
     picture = Image.open(drawn).convert('RGB').quantize(
         256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)  # a third of the bytes
-    picture.save(stored, 'png', optimize=True)
+    picture.save(stored, 'png')
     return stored.getvalue(), dict(zip(('width', 'height'), (n // 2 for n in picture.size)))
 
 
