@@ -9,6 +9,7 @@ __all__ = ['COLOURS', 'SERIES', 'REFERENCES', 'SIZE', 'pyplot', 'draw_on', 'set_
 # %% ../nbs/00_style.ipynb #00sy003
 import io
 import re
+import sys
 
 # %% ../nbs/00_style.ipynb #00sy009
 COLOURS = dict(
@@ -102,7 +103,7 @@ def colour_map(
 
 # %% ../nbs/00_style.ipynb #00sy025
 def _defaults():  # matplotlib settings
-    from cycler import cycler
+    from matplotlib import cycler
     ink = COLOURS['ink']
     return {
         'figure.dpi': 96, 'figure.figsize': SIZE,
@@ -125,11 +126,11 @@ def _picture(figure):  # PNG with 256 colours, and the size with which it is sho
 
 def use_style() -> None:
     "Draw all figures of a notebook in the look of the course, at double resolution."
-    from IPython import get_ipython
     plt = pyplot()
     plt.switch_backend(plt.get_backend())  # a later start would undo what follows
     plt.rcParams.update(_defaults())
-    if (shell := get_ipython()) is not None:  # not in a script
+    ipython = sys.modules.get('IPython')  # a script may do without it
+    if ipython and (shell := ipython.get_ipython()):
         shell.display_formatter.formatters['image/png'].for_type(plt.Figure, _picture)
 
 # %% ../nbs/00_style.ipynb #00sy028

@@ -114,9 +114,10 @@ def test_the_source_is_folded_once():
     plain, own, other = cell('def f(): pass', exports=[]), cell('#| code-fold: true\ndef f(): pass', exports=[]), cell('x = 1')
     imports = cell('import os\nfrom a import b')
     for each in (plain, own, other, imports): reference.fold_source(each)
-    long = cell('def f():' + '\n    pass' * reference.LONG, exports=[])
-    reference.fold_source(long)
-    assert long.source.startswith('#| code-fold: true\n#| code-summary: "Source"\n')
+    for head, fold in (('class A:', 'true'), ('def f():', 'show')):  # an entry says how a class is made, and not what a function takes
+        long = cell(head + '\n    pass' * reference.LONG, exports=[])
+        reference.fold_source(long)
+        assert long.source.startswith(f'#| code-fold: {fold}\n#| code-summary: "Source"\n')
     assert plain.source == '#| code-fold: show\n#| code-summary: "Source"\ndef f(): pass'
     assert own.source == '#| code-fold: true\ndef f(): pass' and other.source == 'x = 1'
     assert imports.source == '#| code-fold: true\n#| code-summary: "Imports"\nimport os\nfrom a import b'

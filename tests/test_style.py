@@ -1,7 +1,11 @@
 "The look of the course outside of a notebook, and what is stored inside of one."
 import base64
 import io
+import os
+import subprocess
+import sys
 
+import IPython
 import matplotlib as mpl
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
@@ -37,12 +41,19 @@ def test_a_figure_has_twice_the_pixels_that_it_is_shown_with_and_its_own_colours
         assert min(max(abs(a - b) for a, b in zip(wanted, found)) for found in colours) <= 2
 
 
-def test_a_shell_shows_figures_so():
+def test_a_notebook_shows_figures_so(monkeypatch):
     shell = InteractiveShell()
-    png = shell.display_formatter.formatters['image/png']
-    png.for_type(Figure, style._picture)
-    data, metadata = shell.display_formatter.format(Figure((2, 1)))
-    assert Image.open(io.BytesIO(base64.b64decode(data['image/png']) if isinstance(data['image/png'], str) else data['image/png'])).width >= 2 * metadata['image/png']['width']
+    monkeypatch.setattr(IPython, 'get_ipython', lambda: shell)
+    style.use_style()
+    data, metadata = shell.display_formatter.format(plt.subplots()[0])
+    picture = Image.open(io.BytesIO(base64.b64decode(data['image/png']) if isinstance(data['image/png'], str) else data['image/png']))
+    assert picture.mode == 'P' and picture.width >= 2 * metadata['image/png']['width'] > 900
+
+
+def test_a_script_needs_no_ipython():
+    script = 'import sys; sys.modules["IPython"] = None; from ssm_metarl.style import use_style; use_style(); import matplotlib; print(matplotlib.rcParams["figure.dpi"])'
+    done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, env=os.environ | dict(MPLBACKEND='agg'))
+    assert done.stdout.strip() == '96.0', done.stderr
 
 
 def test_a_legend_stands_between_title_and_panel():

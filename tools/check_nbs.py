@@ -58,7 +58,8 @@ def installed(root, *extras):
     settings.read(root / 'settings.ini', encoding='utf-8')
     wanted = (settings['DEFAULT'][key].split() for key in ('requirements', *(f'{extra}_requirements' for extra in extras)))
     names = {re.split(r'[\[<>=]', requirement)[0] for group in wanted for requirement in group}
-    return {{'scikit-learn': 'sklearn', 'pillow': 'PIL'}.get(name, name).replace('-', '_') for name in names} | ({'IPython', 'cycler'} if 'notebook' in extras else set()) | {settings['DEFAULT']['lib_name']}
+    brought = {'IPython'} if 'notebook' in extras else set()  # by ipykernel
+    return brought | {{'scikit-learn': 'sklearn', 'pillow': 'PIL'}.get(name, name).replace('-', '_') for name in names} | {settings['DEFAULT']['lib_name']}
 
 
 def definitions(cell):
@@ -108,7 +109,7 @@ def is_figure(cell):
 
 def figures(cell):
     "What is wrong with the look of the figures of a cell (nbs/00_style.ipynb)."
-    drawn = [output for output in cell.get('outputs', []) if 'image/png' in output.get('data', {}) and ''.join(output['data'].get('text/plain', '')).startswith('<Figure')]
+    drawn = [output for output in cell.get('outputs', []) if 'image/png' in output.get('data', {}) and ''.join(output['data'].get('text/plain', '')).startswith(('<Figure', '<Shown'))]
     for output in drawn:
         width, height = (output['metadata'].get('image/png', {}).get(side, 0) for side in ('width', 'height'))
         if struct.unpack('>I', base64.b64decode(output['data']['image/png'])[16:20])[0] < 2 * width or not width: yield 'stores a figure without double resolution; call `use_style()` in the set-up cell'

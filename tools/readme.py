@@ -21,9 +21,9 @@ OUTPUT_ONLY = re.compile(r'^#\|\s*echo:\s*false', re.M)
 def minutes(notebook):
     "How long a page takes, as it says where it begins."
     text = '\n'.join(cell.source for cell in notebook.cells[:8] if cell.cell_type == 'markdown')
-    found = re.search(r'(\d+) minutes|half an hour', text)
+    found = re.search(r'(\d+)\s+minutes', text)
     if found is None: sys.exit(f'{notebook.cells[0].source.splitlines()[0]!r} does not say how many minutes it takes; say so in one of its first cells')
-    return int(found[1] or 30)
+    return int(found[1])
 
 
 def with_pages(text):

@@ -21,7 +21,7 @@ from nbdev.doclinks import NbdevLookup
 from ssm_metarl._modidx import d as index
 
 LIB = 'ssm_metarl'
-LONG = 40  # lines of source from which it is folded: its entry says how the object is made
+LONG = 40  # lines from which the source of a class is folded: its entry says how an object is made
 
 
 def public_names(module):
@@ -158,11 +158,12 @@ class Entry:
 
 
 def fold_source(cell):
-    """Show the source below an entry as a fold, open unless it is long, and cells of imports as one that is closed, unless the cell says how.
+    """Show the source below an entry as a fold, open unless it is a long class, and cells of imports as one that is closed, unless the cell says how.
     Instead of nbdev's own `add_fold`, which would say it a second time; Quarto rejects that."""
     if cell.cell_type != 'code' or '#| code-fold' in cell.source: return
     if 'exports' in cell.directives_:
-        shown = 'show' if len(cell.source.splitlines()) <= LONG else 'true'
+        long_class = re.search(r'^class ', cell.source, re.M) and len(cell.source.splitlines()) > LONG
+        shown = 'true' if long_class else 'show'
         cell.source = f'#| code-fold: {shown}\n#| code-summary: "Source"\n{cell.source}'
     elif only_imports(cell.source): cell.source = f'#| code-fold: true\n#| code-summary: "Imports"\n{cell.source}'
 
