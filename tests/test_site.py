@@ -175,7 +175,7 @@ def test_home_names_each_page_as_the_sidebar_does_and_adds_up_its_minutes():
 
 def test_a_page_says_how_long_it_takes():
     page = lambda *texts: new_notebook(cells=[new_markdown_cell(text) for text in ('# Page', *texts)])
-    assert readme.minutes(page('It takes half an hour.', 'In 5 minutes')) == 30 and readme.minutes(page('*35 minutes, if you skim.*')) == 35
+    assert readme.minutes(page('It takes 30\nminutes.', 'In 5 minutes')) == 30 and readme.minutes(page('*35 minutes, if you skim.*')) == 35
     with pytest.raises(SystemExit, match="'# Page' does not say how many minutes"): readme.minutes(page('Nothing', *'abcdef', '40 minutes'))
 
 
